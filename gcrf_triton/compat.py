@@ -1,0 +1,160 @@
+"""The official module's name, call and numbers, for code that holds a copy of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .loss import check_tensor, gated_crf_loss, parse_kernels
+from .op import accumulation_dtype
+
+Downsampler = Callable[[Tensor, tuple[int, int]], Tensor]
+
+
+class ModelLossSemsegGatedCRF(torch.nn.Module):
+    """Drop-in replacement of the official `ModelLossSemsegGatedCRF`: same call, same value, same gradient.
+
+    As there, masks are averaged down to the prediction and count where the average is at least 1, and without a source
+    mask the pixels outside the image count as neighbours with features 0 and a prediction of 0, which adds
+
+        1/D sum_i d_i n_i sum_m w_m exp(-1/2 sum_f |f_i|^2 / sigma_mf^2)      n_i: positions of i's window outside
+
+    to the loss, a constant. Unlike there, arguments are never written to, a compatibility matrix works, sizes need not
+    be multiples, images may be uint8, masks any dtype, and a NaN under a closed mask stays there.
+    """
+
+    def forward(
+        self,
+        y_hat_softmax: Tensor,
+        kernels_desc: Sequence[Mapping[str, float]],
+        kernels_radius: int,
+        sample: Mapping[str, Any],
+        height_input: int,
+        width_input: int,
+        mask_src: Tensor | None = None,
+        mask_dst: Tensor | None = None,
+        compatibility: Tensor | None = None,
+        custom_modality_downsamplers: Mapping[str, Downsampler] | None = None,
+        out_kernels_vis: bool = False,
+    ) -> dict[str, Tensor]:
+        """Return {"loss": scalar} and, if asked, "kernels_vis" [N, 1, height_input, width_input].
+
+        Args:
+            y_hat_softmax: class probabilities [N, C, H, W].
+            kernels_desc, kernels_radius, compatibility: `kernels`, `radius`, `compatibility` of `gated_crf_loss`.
+            sample: its `features`, of any size and with any other entries.
+            height_input, width_input: size of the visualisation; the loss does not depend on it.
+            mask_src, mask_dst: source and destination masks [N, 1, h, w].
+            custom_modality_downsamplers: name -> function(tensor, (H, W)), "mask" too; the default averages areas.
+            out_kernels_vis: also draw the kernels of every (2 radius + 1)th pixel side by side.
+        """
+        check_tensor("y_hat_softmax", y_hat_softmax, "[N, C, H, W]", 4)
+        names, weights, _ = parse_kernels(kernels_desc)
+        height, width = y_hat_softmax.shape[2:]
+        dtype = accumulation_dtype(y_hat_softmax.dtype)
+
+        def resample(name: str, tensor: Tensor) -> Tensor:
+            return (custom_modality_downsamplers or {}).get(name, F.adaptive_avg_pool2d)(tensor, (height, width))
+
+        features = {}
+        for name in names:
+            if name not in sample:
+                raise ValueError(f"sample: kernels_desc uses {name!r}, got only {sorted(map(str, sample)) or 'none'}")
+            check_tensor(f"sample[{name!r}]", sample[name], "[N, F, h, w]", 4)
+            scale = 255 if sample[name].dtype == torch.uint8 else 1
+            features[name] = resample(name, sample[name].to(dtype) / scale)
+        gates: list[Tensor | None] = []
+        for name, mask in (("mask_src", mask_src), ("mask_dst", mask_dst)):
+            if mask is not None:
+                check_tensor(name, mask, "[N, 1, h, w]", 4)
+                mask = mask.to(dtype) if mask.shape[2:] == (height, width) else resample("mask", mask.to(dtype))
+                mask = mask.where(mask >= 1, 0.0)  # also where it is NaN
+            gates.append(mask)
+        source, destination = gates
+        loss = gated_crf_loss(
+            y_hat_softmax,
+            features,
+            kernels_desc,
+            kernels_radius,
+            source=source,
+            destination=destination,
+            compatibility=None if compatibility is None else compatibility.to(y_hat_softmax.device),
+        )
+
+        described = [_scaled_features(kernel, features, y_hat_softmax) for kernel in kernels_desc]
+        if source is None and compatibility is None:
+            loss = loss + _border_constant(described, weights, kernels_radius, destination)
+        if not out_kernels_vis:
+            return {"loss": loss}
+        drawing = _draw_kernels(described, weights, kernels_radius, source, destination)
+        return {"loss": loss, "kernels_vis": F.interpolate(drawing, (height_input, width_input), mode="nearest")}
+
+
+def _scaled_features(kernel: Mapping[str, float], features: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    # every modality of a kernel divided by its sigma, xy as absolute coordinates [N, F, H, W]
+    n, _, height, width = like.shape
+    y = torch.arange(height, device=like.device).view(1, 1, -1, 1).expand(n, 1, height, width)
+    x = torch.arange(width, device=like.device).expand(n, 1, height, width)
+    coordinates = torch.cat([x, y], dim=1).to(accumulation_dtype(like.dtype))
+    modalities = [(name, sigma) for name, sigma in kernel.items() if name != "weight"]
+    return torch.cat([(coordinates if name == "xy" else features[name]) / sigma for name, sigma in modalities], dim=1)
+
+
+def _border_constant(
+    described: Sequence[Tensor], weights: Sequence[float], radius: int, destination: Tensor | None
+) -> Tensor:
+    # 1/D sum_i d_i n_i sum_m w_m exp(-|f_i|^2 / 2)
+    height, width = described[0].shape[2:]
+    y, x = (_positions_inside(length, radius, described[0].device) for length in (height, width))
+    outside = (2 * radius + 1) ** 2 - y[:, None] * x  # n_i [H, W]
+    gate = torch.ones_like(described[0][:, :1]) if destination is None else destination
+    gate = gate * outside
+    similarity = sum(
+        weight * (-0.5 * feature.square().sum(1, keepdim=True)).exp()
+        for weight, feature in zip(weights, described, strict=True)
+    )
+    total = (gate * torch.as_tensor(similarity)).where(gate > 0, 0.0).sum()
+    return total / (gate.numel() if destination is None else destination.sum().clamp(min=1))
+
+
+def _positions_inside(length: int, radius: int, device: torch.device) -> Tensor:
+    # how many of i - radius ... i + radius lie in 0 ... length - 1, for every i
+    i = torch.arange(length, device=device)
+    return 1 + i.clamp(max=radius) + i.flip(0).clamp(max=radius)
+
+
+def _draw_kernels(
+    described: Sequence[Tensor],
+    weights: Sequence[float],
+    radius: int,
+    source: Tensor | None,
+    destination: Tensor | None,
+) -> Tensor:
+    # every (2 radius + 1)th pixel's window, where its pixels are [N, 1, H, W]
+    n, _, height, width = described[0].shape
+    drawing = described[0].new_zeros(n, 1, height, width)
+    if min(height, width) <= radius:
+        return drawing
+    diameter = 2 * radius + 1
+    rows, columns = ((length + radius) // diameter for length in (height, width))
+
+    def windows(image: Tensor) -> Tensor:
+        flat = F.unfold(F.pad(image, (0, radius, 0, radius)), diameter, stride=diameter)
+        return flat.view(n, -1, diameter, diameter, rows, columns)
+
+    total = torch.zeros_like(windows(drawing))
+    for weight, feature in zip(weights, described, strict=True):
+        window = windows(feature)
+        difference = window - window[:, :, radius, radius, None, None]
+        total = total + weight * (-0.5 * difference.square().sum(1, keepdim=True)).exp()
+    total[:, :, radius, radius] = 0
+    if source is not None:
+        total = total * windows(source)
+    if destination is not None:
+        total = total * destination[:, :, None, None, radius::diameter, radius::diameter]
+    total = total.permute(0, 1, 4, 2, 5, 3).reshape(n, 1, rows * diameter, columns * diameter)[:, :, :height, :width]
+    return F.pad(total, (0, width - total.shape[3], 0, height - total.shape[2]))

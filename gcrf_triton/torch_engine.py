@@ -1,0 +1,207 @@
+"""The pairwise operator in PyTorch: tiles of pixels, half a window of offsets, both ends of a pair at once."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from threadpoolctl import ThreadpoolController
+from torch import Tensor
+
+HALF_LOG2_E = 0.5 * math.log2(math.e)  # exp(-x / 2) = exp2(-HALF_LOG2_E x)
+CPU_TILE = 8192  # pixels: the operands of a tile stay in a core's cache
+DEVICE_TILE = 65536
+BLOCKS = 16
+VALUES_PER_THREAD = 1 << 20  # a thread that is given less costs more than it saves
+
+
+def apply_pairwise(
+    columns: Sequence[Tensor],
+    features: Sequence[Tensor],
+    source: Tensor | None,
+    destination: Tensor | None,
+    weights: Sequence[float],
+    sigmas: Sequence[float],
+    radius: int,
+    both_ends: bool = True,
+) -> Tensor:
+    """Multiply value columns by the gated pairwise kernel of a local window.
+
+        product_i = sum_j S_ij v_j,    S_ij = k_ij (s_j d_i + s_i d_j) / 2    (S_ij = k_ij without gates)
+        k_ij = sum_m w_m exp(-1/2 sum_f |f_i - f_j|^2 / sigma_mf^2),    j != i, in the window of i and in the image
+
+    Args:
+        columns: tensors [N, v, H, W] of one floating dtype; stacked they are the V value columns.
+        features: tensors [N, F, H, W] of that dtype.
+        source, destination: gates [N, H, W] of that dtype, both or neither.
+        weights: w_m, one a kernel.
+        sigmas: a row of 1 + len(features) a kernel, flattened, xy (in pixels) first; 0 where a kernel has no such term.
+        radius: half width of the window in pixels.
+        both_ends: False counts each pair at one of its ends only: half the work, and enough for a sum over all pairs.
+
+    Returns:
+        [N, V, H, W]. The order of summation depends on the shapes alone, so results repeat bit by bit.
+    """
+    like = columns[0]
+    if like.numel() == 0:
+        return torch.cat(list(columns), dim=1)
+    with _serial_operations(like.device):
+        batch, _, height, width = like.shape
+        reach_y, reach_x = min(radius, height - 1), min(radius, width - 1)
+        # Everything lies as [rows, flat pixels]. reach_x zero columns right of and reach_y zero rows below each image
+        # turn an offset (dy, dx) into one shift for the whole batch, and give what lies outside an image the value 0.
+        padded = (batch, height + reach_y, width + reach_x)
+        pixels = math.prod(padded)
+        farthest = reach_y * padded[2] + reach_x
+        on_cpu = like.device.type == "cpu"
+        blocks = _blocks(pixels, farthest, CPU_TILE if on_cpu else DEVICE_TILE)
+
+        def flatten(tensors: Sequence[Tensor]) -> Tensor:
+            rows = [tensor.shape[1] for tensor in tensors]
+            flat = like.new_zeros(sum(rows), blocks[-1].stop + farthest)
+            images = flat[:, :pixels].view(sum(rows), *padded)[:, :, :height, :width]
+            for target, tensor in zip(images.split(rows), tensors, strict=True):
+                target.copy_(tensor.transpose(0, 1))
+            return flat
+
+        values = flatten(columns)
+        sums = torch.zeros_like(values)
+        accumulate = functools.partial(
+            _accumulate_blocks,
+            values,
+            sums,
+            flatten(features),
+            flatten([source[:, None], 0.5 * destination[:, None]])
+            if source is not None and destination is not None
+            else None,
+            list(_offset_rows(reach_y, reach_x, padded[2], weights, sigmas[:: 1 + len(features)], like)),
+            _coefficients([feature.shape[1] for feature in features], sigmas, len(weights)),
+            both_ends,
+        )
+        _run(accumulate, blocks, min(torch.get_num_threads(), values.numel() // VALUES_PER_THREAD) if on_cpu else 1)
+        return sums[:, :pixels].view(-1, *padded)[:, :, :height, :width].transpose(0, 1)
+
+
+@functools.cache
+def _openmp() -> ThreadpoolController:
+    return ThreadpoolController().select(user_api="openmp")
+
+
+def _serial_operations(device: torch.device) -> AbstractContextManager:
+    # An operation on a tile takes microseconds. Waking an OpenMP team for each costs more, a hundredfold when
+    # another process wants the cores. The limit is OpenMP's own of the calling thread: no other thread ever sees it.
+    if device.type != "cpu":
+        return nullcontext()
+    torch.get_num_threads()  # PyTorch sets a new thread's limit on its first use: before ours, not after
+    return _openmp().limit(limits=1)
+
+
+def _blocks(pixels: int, farthest: int, tile: int) -> list[range]:
+    # A block is a run of equal tiles. It adds to itself and to the next `farthest` pixels; with blocks at least that
+    # long no two even blocks touch the same pixel, nor two odd ones, so each half can run in parallel.
+    count = max(1, min(pixels // max(farthest, 1), BLOCKS))
+    length = -(-pixels // count)
+    tiles = max(1, round(length / tile))
+    tile = -(-length // tiles)
+    return [range(start, start + tiles * tile, tile) for start in range(0, pixels, tiles * tile)]
+
+
+def _offset_rows(
+    reach_y: int, reach_x: int, pitch: int, weights: Sequence[float], sigmas_xy: Sequence[float], like: Tensor
+) -> Iterator[tuple[int, Tensor]]:
+    # the half window by rows: the shift of a row's first offset; log2(w_m) plus the xy term of its offsets [M, n, 1]
+    for dy in range(reach_y + 1):
+        dx = torch.arange(-reach_x if dy else 1, reach_x + 1, dtype=torch.float64)
+        if len(dx):
+            rows = [
+                math.log2(weight) - (HALF_LOG2_E / sigma**2 * (dx**2 + dy**2) if sigma else torch.zeros_like(dx))
+                for weight, sigma in zip(weights, sigmas_xy, strict=True)
+            ]
+            yield dy * pitch + (-reach_x if dy else 1), torch.stack(rows)[:, :, None].to(like.dtype).to(like.device)
+
+
+def _coefficients(channels: Sequence[int], sigmas: Sequence[float], kernels: int) -> list[list[float]]:
+    # One row a kernel, one factor of the squared difference a feature channel; 0 where the kernel does not look at it.
+    factors = [-HALF_LOG2_E / sigma**2 if sigma else 0.0 for sigma in sigmas]
+    table = [factors[m * (1 + len(channels)) + 1 :][: len(channels)] for m in range(kernels)]
+    return [[factor for factor, count in zip(row, channels, strict=True) for _ in range(count)] for row in table]
+
+
+def _accumulate_blocks(
+    values: Tensor,
+    sums: Tensor,
+    features: Tensor,
+    gates: Tensor | None,
+    offset_rows: list[tuple[int, Tensor]],
+    coefficients: list[list[float]],
+    both_ends: bool,
+    blocks: Sequence[range],
+) -> None:
+    tile, most = blocks[0].step, max((len(log2_kernel[0]) for _, log2_kernel in offset_rows), default=0)
+    buffers = values.new_empty(len(coefficients) + 1, most, tile)
+    for start in itertools.chain.from_iterable(blocks):
+        own = slice(start, start + tile)
+        own_values, own_sums = values[:, own], sums[:, own]
+        for shift, log2_kernel in offset_rows:
+            n = log2_kernel.shape[1]
+            other = functools.partial(_shifted, first=start + shift, count=n, length=tile)
+            kernel = _kernel(features, own, other, log2_kernel, coefficients, buffers[:, :n])
+            if gates is not None:
+                (source, destination), (own_source, own_destination) = other(gates).unbind(1), gates[:, own]
+                gate = torch.mul(source, own_destination, out=buffers[-1, :n])
+                kernel.mul_(gate.addcmul_(destination, own_source))
+            for weight, other_values, other_sums in zip(kernel, other(values), other(sums), strict=True):
+                own_sums.addcmul_(weight, other_values)
+                if both_ends:
+                    other_sums.addcmul_(weight, own_values)
+
+
+def _shifted(rows: Tensor, first: int, count: int, length: int) -> Tensor:
+    # [..., pixels] -> [count, ..., length]: windows that start at first, first + 1, ...
+    return rows.as_strided((count, *rows.shape[:-1], length), (1, *rows.stride()), rows.storage_offset() + first)
+
+
+def _kernel(
+    features: Tensor,
+    own: slice,
+    other: Callable[[Tensor], Tensor],
+    log2_kernel: Tensor,
+    coefficients: list[list[float]],
+    buffers: Tensor,
+) -> Tensor:
+    # sum_m k_m of a tile's pixels and their n others [n, tile], in buffers [M + 1, n, tile], the last for differences
+    exponents = list(log2_kernel)
+    for channel, feature in enumerate(features):
+        difference = torch.sub(other(feature), feature[own], out=buffers[-1])
+        for m, row in enumerate(coefficients):
+            if row[channel]:
+                torch.addcmul(exponents[m], difference, difference, value=row[channel], out=buffers[m])
+                exponents[m] = buffers[m]
+    per_pixel = [exponent.exp2_() for exponent, row in zip(exponents, coefficients, strict=True) if any(row)]
+    constant = [exponent.exp2() for exponent, row in zip(exponents, coefficients, strict=True) if not any(row)]
+    kernel = per_pixel.pop(0) if per_pixel else buffers[0].zero_()
+    for term in per_pixel + constant:
+        kernel.add_(term)
+    return kernel
+
+
+def _run(accumulate: Callable[[Sequence[range]], None], blocks: list[range], threads: int) -> None:
+    halves = [half for half in (blocks[::2], blocks[1::2]) if half]
+    if threads < 2:
+        for half in halves:
+            accumulate(half)
+        return
+
+    def work(share: Sequence[range]) -> None:
+        with torch.inference_mode(), _serial_operations(torch.device("cpu")):
+            accumulate(share)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for half in halves:
+            for _ in pool.map(work, [half[i::threads] for i in range(min(threads, len(half)))]):
+                pass
