@@ -32,7 +32,7 @@ class ModelLossSemsegGatedCRF(torch.nn.Module):
         y_hat_softmax: Tensor,
         kernels_desc: Sequence[Mapping[str, float]],
         kernels_radius: int,
-        sample: Mapping[str, Any],
+        sample: Mapping[str, Any] | Tensor,
         height_input: int,
         width_input: int,
         mask_src: Tensor | None = None,
@@ -46,7 +46,7 @@ class ModelLossSemsegGatedCRF(torch.nn.Module):
         Args:
             y_hat_softmax: class probabilities [N, C, H, W].
             kernels_desc, kernels_radius, compatibility: `kernels`, `radius`, `compatibility` of `gated_crf_loss`.
-            sample: its `features`, of any size and with any other entries.
+            sample: its `features`, of any size and with any other entries; or the image itself, for every modality.
             height_input, width_input: size of the visualisation; the loss does not depend on it.
             mask_src, mask_dst: source and destination masks [N, 1, h, w].
             custom_modality_downsamplers: name -> function(tensor, (H, W)), "mask" too; the default averages areas.
@@ -60,6 +60,8 @@ class ModelLossSemsegGatedCRF(torch.nn.Module):
         def resample(name: str, tensor: Tensor) -> Tensor:
             return (custom_modality_downsamplers or {}).get(name, F.adaptive_avg_pool2d)(tensor, (height, width))
 
+        if isinstance(sample, Tensor):
+            sample = dict.fromkeys(names, sample)
         features = {}
         for name in names:
             if name not in sample:

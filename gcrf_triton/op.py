@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from . import torch_engine
 
 ENGINES = ("auto", "torch")
+Gates = tuple[Tensor | None, Tensor | None]
 
 
 def select_engine(impl: str) -> str:
@@ -52,25 +54,40 @@ def pairwise_energy(
     Returns:
         A scalar and [N, C, H, W], in the accumulation dtype, differentiable in `input` any number of times.
     """
-    p = input.to(accumulation_dtype(input.dtype))
-    kernel = (weights, sigmas, radius)
-    if compatibility is None:
-        ones = p.new_ones(1).expand(p.shape[0], 1, *p.shape[2:])
-        sums = torch_engine.apply_pairwise([p, ones], features, source, destination, *kernel, both_ends=with_product)
-        product, mass = sums.split([p.shape[1], 1], dim=1)
-        # the sum over pairs, pixel by pixel: where neighbours agree the difference of two equal sums is exactly 0
-        energy = (mass[:, 0] - torch.linalg.vecdot(p, product, dim=1)).sum() * (1 if with_product else 2)
-    else:
-        columns = [p] if source is None or destination is None else [source[:, None] * p, destination[:, None] * p]
-        sums = torch_engine.apply_pairwise(columns, features, None, None, *kernel).split(p.shape[1], dim=1)
-        from_sources, from_destinations = sums[0], sums[-1]
-        towards = torch.einsum("cd,ndhw->nchw", compatibility, from_sources)
-        energy = torch.linalg.vecdot(columns[-1], towards, dim=1).sum()
-        away = torch.einsum("dc,ndhw->nchw", compatibility, from_destinations)
-        if source is not None and destination is not None:
-            towards, away = destination[:, None] * towards, source[:, None] * away
-        product = -0.5 * (towards + away)
-    return energy, product.contiguous() if with_product else p.new_empty(0)
+    gates = (source, destination)
+    apply = functools.partial(
+        torch_engine.apply_pairwise,
+        features=features,
+        weights=weights,
+        sigmas=sigmas,
+        radius=radius,
+        threads=torch.get_num_threads(),
+    )
+    with torch_engine.serial_operations(input.device):
+        p = input.to(accumulation_dtype(input.dtype))
+        if compatibility is None:
+            energy, product = _potts(apply, p, gates, with_product)
+        else:
+            energy, product = _with_compatibility(apply, p, gates, compatibility)
+        return energy, product.contiguous() if with_product else p.new_empty(0)
+
+
+def _potts(apply: Callable[..., Tensor], p: Tensor, gates: Gates, with_product: bool) -> tuple[Tensor, Tensor]:
+    ones = p.new_ones(1).expand(p.shape[0], 1, *p.shape[2:])
+    sums = apply([p, ones], source=gates[0], destination=gates[1], both_ends=with_product)
+    product, mass = sums[:, :-1], sums[:, -1]
+    # pixel by pixel, so that where neighbours agree two equal sums cancel exactly
+    energy = (mass - torch.linalg.vecdot(p, product, dim=1)).sum()
+    return energy if with_product else 2 * energy, product
+
+
+def _with_compatibility(apply: Callable[..., Tensor], p: Tensor, gates: Gates, mu: Tensor) -> tuple[Tensor, Tensor]:
+    source, destination = (1 if gate is None else gate[:, None] for gate in gates)
+    columns = [p] if all(gate is None for gate in gates) else [source * p, destination * p]
+    sums = apply(columns, source=None, destination=None).split(p.shape[1], dim=1)
+    towards = destination * torch.einsum("cd,ndhw->nchw", mu, sums[0])  # d mu K (s p)
+    away = source * torch.einsum("dc,ndhw->nchw", mu, sums[-1])  # s mu^T K (d p)
+    return torch.linalg.vecdot(p, towards, dim=1).sum(), -0.5 * (towards + away)
 
 
 @pairwise_energy.register_fake
@@ -92,7 +109,8 @@ def _backward(ctx, grad_energy, grad_product):
     product, source, destination, compatibility, *features = ctx.saved_tensors
     grad = None
     if grad_energy is not None:
-        grad = -2 * grad_energy * product
+        with torch_engine.serial_operations(product.device):
+            grad = -2 * grad_energy * product
     if grad_product is not None:
         _, again = pairwise_energy(grad_product, features, source, destination, compatibility, *ctx.kernel, True)
         grad = again if grad is None else grad + again

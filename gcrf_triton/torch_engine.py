@@ -29,6 +29,7 @@ def apply_pairwise(
     sigmas: Sequence[float],
     radius: int,
     both_ends: bool = True,
+    threads: int = 1,
 ) -> Tensor:
     """Multiply value columns by the gated pairwise kernel of a local window.
 
@@ -43,6 +44,7 @@ def apply_pairwise(
         sigmas: a row of 1 + len(features) a kernel, flattened, xy (in pixels) first; 0 where a kernel has no such term.
         radius: half width of the window in pixels.
         both_ends: False counts each pair at one of its ends only: half the work, and enough for a sum over all pairs.
+        threads: how many may share the work on the CPU, where there is enough of it.
 
     Returns:
         [N, V, H, W]. The order of summation depends on the shapes alone, so results repeat bit by bit.
@@ -50,41 +52,40 @@ def apply_pairwise(
     like = columns[0]
     if like.numel() == 0:
         return torch.cat(list(columns), dim=1)
-    with _serial_operations(like.device):
-        batch, _, height, width = like.shape
-        reach_y, reach_x = min(radius, height - 1), min(radius, width - 1)
-        # Everything lies as [rows, flat pixels]. reach_x zero columns right of and reach_y zero rows below each image
-        # turn an offset (dy, dx) into one shift for the whole batch, and give what lies outside an image the value 0.
-        padded = (batch, height + reach_y, width + reach_x)
-        pixels = math.prod(padded)
-        farthest = reach_y * padded[2] + reach_x
-        on_cpu = like.device.type == "cpu"
-        blocks = _blocks(pixels, farthest, CPU_TILE if on_cpu else DEVICE_TILE)
+    batch, _, height, width = like.shape
+    reach_y, reach_x = min(radius, height - 1), min(radius, width - 1)
+    # Everything lies as [rows, flat pixels]. reach_x zero columns right of and reach_y zero rows below each image
+    # turn an offset (dy, dx) into one shift for the whole batch, and give what lies outside an image the value 0.
+    padded = (batch, height + reach_y, width + reach_x)
+    pixels = math.prod(padded)
+    farthest = reach_y * padded[2] + reach_x
+    on_cpu = like.device.type == "cpu"
+    blocks = _blocks(pixels, farthest, CPU_TILE if on_cpu else DEVICE_TILE)
 
-        def flatten(tensors: Sequence[Tensor]) -> Tensor:
-            rows = [tensor.shape[1] for tensor in tensors]
-            flat = like.new_zeros(sum(rows), blocks[-1].stop + farthest)
-            images = flat[:, :pixels].view(sum(rows), *padded)[:, :, :height, :width]
-            for target, tensor in zip(images.split(rows), tensors, strict=True):
-                target.copy_(tensor.transpose(0, 1))
-            return flat
+    def flatten(tensors: Sequence[Tensor]) -> Tensor:
+        rows = [tensor.shape[1] for tensor in tensors]
+        flat = like.new_zeros(sum(rows), blocks[-1].stop + farthest)
+        images = flat[:, :pixels].view(sum(rows), *padded)[:, :, :height, :width]
+        for target, tensor in zip(images.split(rows), tensors, strict=True):
+            target.copy_(tensor.transpose(0, 1))
+        return flat
 
-        values = flatten(columns)
-        sums = torch.zeros_like(values)
-        accumulate = functools.partial(
-            _accumulate_blocks,
-            values,
-            sums,
-            flatten(features),
-            flatten([source[:, None], 0.5 * destination[:, None]])
-            if source is not None and destination is not None
-            else None,
-            list(_offset_rows(reach_y, reach_x, padded[2], weights, sigmas[:: 1 + len(features)], like)),
-            _coefficients([feature.shape[1] for feature in features], sigmas, len(weights)),
-            both_ends,
-        )
-        _run(accumulate, blocks, min(torch.get_num_threads(), values.numel() // VALUES_PER_THREAD) if on_cpu else 1)
-        return sums[:, :pixels].view(-1, *padded)[:, :, :height, :width].transpose(0, 1)
+    values = flatten(columns)
+    sums = torch.zeros_like(values)
+    accumulate = functools.partial(
+        _accumulate_blocks,
+        values,
+        sums,
+        flatten(features),
+        flatten([source[:, None], 0.5 * destination[:, None]])
+        if source is not None and destination is not None
+        else None,
+        list(_offset_rows(reach_y, reach_x, padded[2], weights, sigmas[:: 1 + len(features)], like)),
+        _coefficients([feature.shape[1] for feature in features], sigmas, len(weights)),
+        both_ends,
+    )
+    _run(accumulate, blocks, min(threads, values.numel() // VALUES_PER_THREAD) if on_cpu else 1)
+    return sums[:, :pixels].view(-1, *padded)[:, :, :height, :width].transpose(0, 1)
 
 
 @functools.cache
@@ -92,7 +93,8 @@ def _openmp() -> ThreadpoolController:
     return ThreadpoolController().select(user_api="openmp")
 
 
-def _serial_operations(device: torch.device) -> AbstractContextManager:
+def serial_operations(device: torch.device) -> AbstractContextManager:
+    """Context in which the calling thread's operations on the CPU do not start other threads."""
     # An operation on a tile takes microseconds. Waking an OpenMP team for each costs more, a hundredfold when
     # another process wants the cores. The limit is OpenMP's own of the calling thread: no other thread ever sees it.
     if device.type != "cpu":
@@ -104,7 +106,7 @@ def _serial_operations(device: torch.device) -> AbstractContextManager:
 def _blocks(pixels: int, farthest: int, tile: int) -> list[range]:
     # A block is a run of equal tiles. It adds to itself and to the next `farthest` pixels; with blocks at least that
     # long no two even blocks touch the same pixel, nor two odd ones, so each half can run in parallel.
-    count = max(1, min(pixels // max(farthest, 1), BLOCKS))
+    count = max(1, min(pixels // max(farthest, tile), BLOCKS))
     length = -(-pixels // count)
     tiles = max(1, round(length / tile))
     tile = -(-length // tiles)
@@ -198,7 +200,7 @@ def _run(accumulate: Callable[[Sequence[range]], None], blocks: list[range], thr
         return
 
     def work(share: Sequence[range]) -> None:
-        with torch.inference_mode(), _serial_operations(torch.device("cpu")):
+        with torch.inference_mode(), serial_operations(torch.device("cpu")):
             accumulate(share)
 
     with ThreadPoolExecutor(threads) as pool:

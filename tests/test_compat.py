@@ -1,0 +1,206 @@
+"""Promise: the drop-in class gives the official numbers, and differs only where the official class fails."""
+
+import importlib.util
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import make_problem
+
+from gcrf_triton.compat import ModelLossSemsegGatedCRF
+
+KERNELS = {
+    "one": [{"weight": 1.0, "xy": 6.0, "rgb": 0.1}],
+    "two": [{"weight": 0.9, "xy": 6.0, "rgb": 0.1}, {"weight": 0.1, "xy": 3.0}],
+    "rgb": [{"weight": 2.0, "rgb": 0.3}],
+}
+
+
+def zero_padded_loss(y, kernels, radius, image, source=None, destination=None):
+    """What the official module computes: windows padded with zeros, coordinates and all, and no test for the inside."""
+    n, _, height, width = y.shape
+    window = 2 * radius + 1
+
+    def windows(t):
+        return F.unfold(t, window, padding=radius).view(n, t.shape[1], window**2, height, width)
+
+    x, row = torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy")
+    xy = torch.stack([x, row]).to(y.dtype).expand(n, 2, height, width)
+    total = 0
+    for kernel in kernels:
+        parts = [(xy if name == "xy" else image) / sigma for name, sigma in kernel.items() if name != "weight"]
+        feature = torch.cat(parts, 1)
+        similarity = (-0.5 * (windows(feature) - feature[:, :, None]).square().sum(1, keepdim=True)).exp()
+        similarity[:, :, window**2 // 2] = 0
+        total = total + kernel["weight"] * similarity
+    denominator = n * height * width
+    if source is not None:
+        total, denominator = total * windows(source), source.sum().clamp(min=1)
+    if destination is not None:
+        total, denominator = total * destination[:, :, None], destination.sum().clamp(min=1)
+    return (total.sum() - (total * windows(y)).sum(2).mul(y).sum()) / denominator, total
+
+
+def random_case(size, channels, scale, source, destination):
+    height, width = size
+    y = torch.randn(2, 4, height, width).softmax(1)
+    image = torch.rand(2, channels, scale * height, scale * width)
+    masks = [
+        (torch.rand(2, 1, scale * height, scale * width) > 0.3).float() if on else None for on in (source, destination)
+    ]
+    return y, image, masks
+
+
+CASES = list(itertools.product([(12, 16), (7, 5), (3, 4), (1, 1)], [1, 3], [1, 2], [0, 1], [0, 1], KERNELS, [1, 5]))
+
+
+@pytest.mark.parametrize("size, channels, scale, source, destination, kernels, radius", CASES)
+def test_value_and_gradient(size, channels, scale, source, destination, kernels, radius):
+    y, image, masks = random_case(size, channels, scale, source, destination)
+    y = y.double().requires_grad_()
+    small = [None if mask is None else (F.adaptive_avg_pool2d(mask, size) >= 1).double() for mask in masks]
+    expected, _ = zero_padded_loss(y, KERNELS[kernels], radius, F.adaptive_avg_pool2d(image.double(), size), *small)
+    sample = {"rgb": image, "name": "a.jpg"}
+    loss = ModelLossSemsegGatedCRF()(y, KERNELS[kernels], radius, sample, *image.shape[2:], *masks)["loss"]
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
+    gradients = (torch.autograd.grad(value, y)[0] for value in (loss, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pymic") is None, reason="needs pip install --no-deps pymic==0.6.2")
+@pytest.mark.parametrize("size, channels, scale, source, destination, kernels, radius", CASES[:-64])
+def test_against_the_copy_in_pymic(size, channels, scale, source, destination, kernels, radius):
+    from pymic.loss.seg.gatedcrf import GatedCRFLoss as Official
+
+    y, image, masks = random_case(size, channels, scale, source, destination)
+    results = []
+    for module in (Official(), ModelLossSemsegGatedCRF()):
+        p = y.clone().requires_grad_()
+        arguments = [None if mask is None else mask.clone() for mask in masks]
+        sample = {"rgb": image.clone()}
+        out = module(p, KERNELS[kernels], radius, sample, *image.shape[2:], *arguments, out_kernels_vis=True)
+        out["loss"].backward()
+        results.append((out["loss"].detach(), p.grad, out["kernels_vis"]))
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert (found - expected).norm() <= 2e-6 * expected.norm() + 1e-9
+
+
+@pytest.mark.parametrize("destination", [False, True])
+@pytest.mark.parametrize("source", [False, True])
+@pytest.mark.parametrize("size", [(12, 16), (23, 11), (11, 12), (5, 40)])
+def test_kernels_vis(size, source, destination):
+    y, image, masks = random_case(size, 3, 1, source, destination)
+    radius, side = 5, 11
+    _, kernels = zero_padded_loss(y, KERNELS["two"], radius, image, *masks)
+    expected = torch.zeros(2, 1, *size)
+    for row in range(size[0]):
+        for column in range(size[1]):
+            centre = (row // side * side + radius, column // side * side + radius)
+            if centre[0] < size[0] and centre[1] < size[1]:
+                place = (row % side) * side + column % side
+                expected[:, :, row, column] = kernels[:, :, place, centre[0], centre[1]]
+    expected = F.interpolate(expected, (2 * size[0], 3 * size[1]), mode="nearest")
+    out = ModelLossSemsegGatedCRF()(
+        y, KERNELS["two"], radius, {"rgb": image}, 2 * size[0], 3 * size[1], *masks, out_kernels_vis=True
+    )
+    torch.testing.assert_close(out["kernels_vis"], expected)
+    assert set(out) == {"loss", "kernels_vis"}
+
+
+def test_soft_masks_are_thresholded_at_one():
+    y, image, _ = random_case((6, 6), 3, 1, 0, 0)
+    soft = torch.rand(2, 1, 6, 6)
+    soft[:, :, 2:4] = 1
+    soft[:, :, 5, 5] = float("nan")
+    hard = (soft >= 1).float()
+    module = ModelLossSemsegGatedCRF()
+    for mask in ((soft, None), (None, soft), (soft, soft)):
+        found = module(y, KERNELS["two"], 3, {"rgb": image}, 6, 6, *mask)["loss"]
+        expected = module(y, KERNELS["two"], 3, {"rgb": image}, 6, 6, *(None if m is None else hard for m in mask))[
+            "loss"
+        ]
+        assert torch.equal(found, expected)
+
+
+def test_nothing_is_written():
+    y, image, masks = random_case((6, 6), 3, 1, 1, 1)
+    masks[0][0, 0, 0, 0], masks[1][0, 0, 1, 1] = float("nan"), 0.5
+    before = [tensor.clone() for tensor in (y, image, *masks)]
+    keep = {"rgb": lambda tensor, size: tensor}  # a downsampler that returns its argument
+    ModelLossSemsegGatedCRF()(y, KERNELS["one"], 3, {"rgb": image}, 6, 6, *masks, custom_modality_downsamplers=keep)
+    for tensor, copy in zip((y, image, *masks), before, strict=True):
+        torch.testing.assert_close(tensor, copy, rtol=0, atol=0, equal_nan=True)
+
+
+def test_custom_downsamplers():
+    y, image, masks = random_case((6, 6), 3, 2, 1, 0)
+
+    def nearest(tensor, size):
+        return F.interpolate(tensor, size, mode="nearest")
+
+    custom = {"rgb": nearest, "mask": nearest}
+    module = ModelLossSemsegGatedCRF()
+    found = module(y, KERNELS["two"], 3, {"rgb": image}, 12, 12, masks[0], custom_modality_downsamplers=custom)["loss"]
+    expected = module(y, KERNELS["two"], 3, {"rgb": nearest(image, (6, 6))}, 6, 6, nearest(masks[0], (6, 6)))["loss"]
+    assert torch.equal(found, expected)
+
+
+def test_compatibility_works():
+    problem = make_problem((2, 3, 6, 7), KERNELS["two"], 3, compatibility=True)
+    found = ModelLossSemsegGatedCRF()(
+        problem.probabilities, KERNELS["two"], 3, problem.features, 6, 7, compatibility=problem.compatibility
+    )["loss"]
+    torch.testing.assert_close(found, problem.loss())
+
+
+def test_bytes_uneven_sizes_and_boolean_masks_are_accepted():
+    y, _, _ = random_case((6, 7), 3, 1, 0, 0)
+    image = torch.randint(0, 256, (2, 3, 13, 17), dtype=torch.uint8)
+    mask = torch.rand(2, 1, 13, 17) > 0.1
+    module = ModelLossSemsegGatedCRF()
+    found = module(y, KERNELS["one"], 3, {"rgb": image}, 13, 17, mask)["loss"]
+    expected = module(y, KERNELS["one"], 3, {"rgb": image.float() / 255}, 13, 17, mask.float())["loss"]
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_image_itself_for_a_sample():
+    y, image, _ = random_case((6, 7), 1, 1, 0, 0)
+    module = ModelLossSemsegGatedCRF()
+    expected = module(y, KERNELS["two"], 3, {"rgb": image}, 6, 7)["loss"]
+    assert torch.equal(module(y, KERNELS["two"], 3, image, 6, 7)["loss"], expected)
+
+
+def test_a_nan_under_a_closed_mask_stays_there():
+    y, image, _ = random_case((6, 7), 3, 1, 0, 0)
+    image[:, :, 2, 2] = float("nan")
+    mask = torch.ones(2, 1, 6, 7)
+    mask[:, :, 2, 2] = 0
+    for masks in ((mask, None), (None, mask), (mask, mask)):
+        assert ModelLossSemsegGatedCRF()(y, KERNELS["two"], 3, {"rgb": image}, 6, 7, *masks)["loss"].isfinite()
+
+
+@pytest.mark.parametrize(
+    "error, message, change",
+    [
+        (TypeError, "y_hat_softmax", {"y_hat_softmax": None}),
+        (ValueError, "y_hat_softmax", {"y_hat_softmax": torch.rand(3, 6, 7)}),
+        (ValueError, "sample: kernels_desc uses 'rgb', got only", {"sample": {"image": torch.rand(2, 3, 6, 7)}}),
+        (TypeError, r"sample\['rgb'\]", {"sample": {"rgb": "a.jpg"}}),
+        (ValueError, r"mask_src: expected \[N, 1, h, w\]", {"mask_src": torch.ones(2, 6, 7)}),
+        (ValueError, "kernels", {"kernels_desc": [{"rgb": 0.1, "xy": 6.0}]}),
+        (ValueError, "radius", {"kernels_radius": 0}),
+    ],
+)
+def test_wrong_arguments(error, message, change):
+    y, image, _ = random_case((6, 7), 3, 1, 0, 0)
+    arguments = {
+        "y_hat_softmax": y,
+        "kernels_desc": KERNELS["one"],
+        "kernels_radius": 3,
+        "sample": {"rgb": image},
+        "height_input": 6,
+        "width_input": 7,
+    }
+    with pytest.raises(error, match=message):
+        ModelLossSemsegGatedCRF()(**{**arguments, **change})

@@ -1,0 +1,112 @@
+"""Promise: every derivative with respect to the input, from one pass, with memory independent of the window."""
+
+import pytest
+import torch
+from problems import KERNELS, make_problem
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def loss_of(problem, **settings):
+    def function(probabilities):
+        problem.probabilities = probabilities
+        return problem.loss(**settings)
+
+    return function
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("compatibility", [False, True], ids=["potts", "matrix"])
+@pytest.mark.parametrize("gates", ["", "s", "sd"])
+def test_first_and_second_derivatives(gates, compatibility, reduction):
+    problem = make_problem((2, 3, 4, 5), KERNELS["official pair"], radius=2, gates=gates, compatibility=compatibility)
+    function = loss_of(problem, reduction=reduction)
+    probabilities = problem.probabilities.requires_grad_()
+    assert torch.autograd.gradcheck(function, probabilities)
+    assert torch.autograd.gradgradcheck(function, probabilities)
+
+
+def test_derivatives_through_logits():
+    problem = make_problem((1, 3, 4, 5), radius=2, gates="s")
+    function = loss_of(problem, from_logits=True)
+    logits = torch.randn(1, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, logits)
+    assert torch.autograd.gradgradcheck(function, logits)
+
+
+def test_the_third_derivative_of_a_quadratic_is_zero():
+    problem = make_problem((1, 2, 3, 4), radius=2)
+    x = problem.probabilities.requires_grad_()
+    (first,) = torch.autograd.grad(problem.loss(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
+    assert second.abs().max() > 0
+    (third,) = torch.autograd.grad(first.sum(), x, create_graph=True)
+    assert not third.requires_grad or not torch.autograd.grad(third.sum(), x, allow_unused=True)[0]
+
+
+def test_backward_twice():
+    problem = make_problem((1, 3, 6, 7), gates="s")
+    x = problem.probabilities.requires_grad_()
+    loss = problem.loss()
+    first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_saved_bytes_do_not_depend_on_the_radius():
+    def saved(radius):
+        problem = make_problem((1, 4, 20, 20), radius=radius, gates="s", dtype=torch.float32)
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        problem.probabilities.requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = problem.loss()
+        assert loss.requires_grad
+        return sum(storages.values())
+
+    assert saved(1) == saved(9) <= 4 * 400 * (2 * 4 + 2 * (3 + 2))
+
+
+class LargestStorage(TorchDispatchMode):
+    nbytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                self.nbytes = max(self.nbytes, tensor.untyped_storage().nbytes())
+        return output
+
+
+def test_no_window_is_ever_unfolded():
+    # columns and zero padding of a 4-class 200 x 200 image: (4 + 1) x (200 + r)^2 floats; an unfold is 121 x 40000 x 4
+    def largest(radius):
+        problem = make_problem((1, 4, 200, 200), radius=radius, dtype=torch.float32)
+        problem.probabilities.requires_grad_()
+        with LargestStorage() as mode:
+            problem.loss().backward()
+        return mode.nbytes
+
+    assert largest(5) <= 1.5 * 4 * 5 * 205**2
+    assert largest(10) <= 1.5 * 4 * 5 * 210**2
+
+
+def test_an_expanded_gradient():
+    problem = make_problem((2, 3, 6, 7))
+    x = problem.probabilities.requires_grad_()
+    (gradient,) = torch.autograd.grad(problem.loss(reduction="none").sum(), x)
+    (expected,) = torch.autograd.grad(problem.loss(reduction="sum"), x)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_no_gradient_where_none_is_wanted():
+    problem = make_problem((1, 3, 6, 7))
+    expected = problem.loss()
+    assert not expected.requires_grad
+    problem.probabilities.requires_grad_()
+    with torch.no_grad():
+        torch.testing.assert_close(problem.loss(), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(problem.loss(), expected)

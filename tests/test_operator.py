@@ -1,0 +1,136 @@
+"""Promise: PyTorch can compile, trace, autocast, distribute and fake the operator."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from problems import make_problem
+
+from gcrf_triton import GatedCRFLoss, gated_crf_loss
+from gcrf_triton.op import pairwise_energy
+
+SETTINGS = ([1.0, 0.3], [6.0, 0.1, 2.0, 0.0], 2)  # weights, sigmas, radius
+
+
+def layouts():
+    p = torch.rand(2, 3, 5, 6, dtype=torch.float64).softmax(1)
+    yield "contiguous", p
+    yield "channels_last", p.contiguous(memory_format=torch.channels_last)
+    yield "expanded", p[:, :1, :1].expand(2, 3, 5, 6)
+    yield "sliced", torch.rand(2, 5, 9, 11, dtype=torch.float64)[:, ::2, 1:6, :6]
+
+
+@pytest.mark.parametrize("with_product", [False, True])
+@pytest.mark.parametrize("gates", [False, True])
+@pytest.mark.parametrize("compatibility", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "expanded", "sliced"])
+def test_opcheck(layout, compatibility, gates, with_product):
+    p = dict(layouts())[layout]
+    gate = torch.rand(2, 5, 6, dtype=torch.float64) if gates else None
+    mu = torch.rand(3, 3, dtype=torch.float64) if compatibility else None
+    rgb = torch.rand(2, 3, 5, 6, dtype=torch.float64)
+    p.requires_grad_(with_product)
+    torch.library.opcheck(pairwise_energy, (p, [rgb], gate, gate, mu, *SETTINGS, with_product))
+
+
+def test_the_gradient_needs_the_product():
+    p = torch.rand(1, 2, 3, 4, requires_grad=True)
+    energy, _ = pairwise_energy(p, [], None, None, None, [1.0], [2.0], 1, False)
+    with pytest.raises(RuntimeError, match="with_product"):
+        energy.backward()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_into_one_graph(backend, dynamic, reduction):
+    torch._dynamo.reset()
+    module = GatedCRFLoss(from_logits=True, reduction=reduction)
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend=backend)
+    for height, width in ((12, 9), (7, 15), (20, 20)):
+        logits = torch.randn(2, 4, height, width, requires_grad=True)
+        arguments = ({"rgb": torch.rand(2, 3, 2 * height, 3 * width)}, torch.rand(2, height, width) > 0.5)
+        loss, expected = compiled(logits, *arguments), module(logits, *arguments)
+        torch.testing.assert_close(loss, expected)
+        gradients = (torch.autograd.grad(value.sum(), logits)[0] for value in (loss, expected))
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    problem = make_problem((2, 3, 9, 8), gates="s", compatibility=True, dtype=torch.float32)
+    network = torch.nn.Conv2d(3, 3, 1)
+    with torch.autocast("cpu", dtype=dtype):
+        logits = network(problem.features["rgb"])
+        problem.probabilities = logits
+        loss = problem.loss(from_logits=True)
+        energies = problem.loss(from_logits=True, reduction="none")
+        operator_energy, _ = pairwise_energy(logits, [], None, None, None, [1.0], [2.0], 1, True)
+    loss.backward()
+    assert logits.dtype == dtype and network.weight.grad.isfinite().all()
+    problem.probabilities = logits.detach().double()
+    exact = problem.to(torch.float64)
+    assert loss.dtype == energies.dtype == operator_energy.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), exact.loss(from_logits=True), rtol=1e-6, atol=0)
+    torch.testing.assert_close(energies.double(), exact.loss(from_logits=True, reduction="none"), rtol=1e-5, atol=1e-6)
+
+
+def test_inference_mode():
+    problem = make_problem((1, 3, 9, 8))
+    expected = problem.loss()
+    with torch.inference_mode():
+        inside = make_problem((1, 3, 9, 8))
+        assert inside.probabilities.is_inference()
+        assert torch.equal(inside.loss(), expected)
+
+
+def test_more_than_two_to_the_31_elements_without_memory():
+    logits = torch.empty(9, 21, 4096, 4096, device="meta", requires_grad=True)
+    image = torch.empty(9, 3, 4096, 4096, device="meta")
+    loss = gated_crf_loss(logits, {"rgb": image}, from_logits=True)
+    loss.backward()
+    assert loss.shape == () and logits.grad.shape == logits.shape
+    assert gated_crf_loss(logits, {"rgb": image}, reduction="none").shape == (9, 4096, 4096)
+
+
+def test_the_operator_is_registered_under_its_name():
+    p = torch.rand(1, 2, 4, 4)
+    energy, product = torch.ops.gcrf_triton.pairwise_energy(p, [], None, None, None, [1.0], [2.0], 1, True)
+    assert energy > 0 and product.shape == p.shape
+
+
+def test_two_processes_with_gloo():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program = textwrap.dedent(
+        """
+        import os
+        import torch
+        from torch.nn.parallel import DistributedDataParallel
+        from gcrf_triton import gated_crf_loss
+
+        torch.manual_seed(0)
+        image = torch.rand(4, 3, 16, 16)
+        network = torch.nn.Conv2d(3, 4, 3, padding=1)
+        gated_crf_loss(network(image), {"rgb": image}, from_logits=True).backward()
+        expected = network.weight.grad.clone()
+        network.zero_grad()
+        torch.distributed.init_process_group("gloo")
+        rank = torch.distributed.get_rank()
+        half = image[2 * rank : 2 * rank + 2]
+        parallel = DistributedDataParallel(network)
+        gated_crf_loss(parallel(half), {"rgb": half}, from_logits=True).backward()
+        torch.testing.assert_close(network.weight.grad, expected)
+        torch.distributed.destroy_process_group()
+        """
+    )
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program], env={**environment, "RANK": str(rank)}) for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]

@@ -1,0 +1,26 @@
+"""Promise: what the README shows runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, re.DOTALL), ids=lambda text: text[:40])
+def test_snippets(snippet):
+    exec(snippet, {})
+
+
+def test_linked_files_exist():
+    links = re.findall(r"\]\((?!http|#)([^)]+)\)", README)
+    assert links and all((ROOT / link).exists() for link in links)
+
+
+def test_links_into_the_page_exist():
+    headings = {
+        re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.+)$", README, re.M)
+    }
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= headings
