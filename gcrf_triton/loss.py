@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .op import accumulation_dtype, pairwise_energy, select_engine
+from .op import accumulation_dtype, area_average, pairwise_energy, select_engine
 
 Kernel = Mapping[str, float]
 Reduction = Literal["mean", "sum", "none"]
@@ -284,7 +284,7 @@ def _prepare_feature(name: str, feature: Tensor, input: Tensor) -> Tensor:
     scaled = feature.to(accumulation_dtype(input.dtype))
     if feature.dtype == torch.uint8:
         scaled = scaled / 255
-    return scaled if feature.shape[2:] == input.shape[2:] else F.adaptive_avg_pool2d(scaled, (height, width))
+    return scaled if feature.shape[2:] == input.shape[2:] else area_average(scaled, height, width)
 
 
 def _prepare_gate(name: str, gate: Tensor | None, input: Tensor) -> Tensor | None:

@@ -120,3 +120,14 @@ def _backward(ctx, grad_energy, grad_product):
 pairwise_energy.register_autograd(_backward, setup_context=_setup_context)
 for _device_type in ("cpu", "cuda"):
     pairwise_energy.register_autocast(_device_type, torch.float32)
+
+
+@torch.library.custom_op("gcrf_triton::area_average", mutates_args=())
+def area_average(image: Tensor, height: int, width: int) -> Tensor:
+    """Average [N, F, h, w] down to [N, F, height, width]; opaque, since compilers fail on it where sizes are dynamic."""
+    return torch.nn.functional.adaptive_avg_pool2d(image, (height, width))
+
+
+@area_average.register_fake
+def _(image, height, width):
+    return image.new_empty(*image.shape[:2], height, width)

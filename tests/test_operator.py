@@ -11,7 +11,7 @@ import torch
 from problems import make_problem
 
 from gcrf_triton import GatedCRFLoss, gated_crf_loss
-from gcrf_triton.op import pairwise_energy
+from gcrf_triton.op import area_average, pairwise_energy
 
 SETTINGS = ([1.0, 0.3], [6.0, 0.1, 2.0, 0.0], 2)  # weights, sigmas, radius
 
@@ -35,6 +35,10 @@ def test_opcheck(layout, compatibility, gates, with_product):
     rgb = torch.rand(2, 3, 5, 6, dtype=torch.float64)
     p.requires_grad_(with_product)
     torch.library.opcheck(pairwise_energy, (p, [rgb], gate, gate, mu, *SETTINGS, with_product))
+
+
+def test_opcheck_of_the_average():
+    torch.library.opcheck(area_average, (torch.rand(2, 3, 17, 9), 5, 4))
 
 
 def test_the_gradient_needs_the_product():
