@@ -118,13 +118,15 @@ def _offset_rows(
 ) -> Iterator[tuple[int, Tensor]]:
     # the half window by rows: the shift of a row's first offset; log2(w_m) plus the xy term of its offsets [M, n, 1]
     for dy in range(reach_y + 1):
-        dx = torch.arange(-reach_x if dy else 1, reach_x + 1, dtype=torch.float64)
+        first = -reach_x if dy else 1
+        dx = torch.arange(first, reach_x + 1, dtype=like.dtype, device=like.device)
         if len(dx):
-            rows = [
-                math.log2(weight) - (HALF_LOG2_E / sigma**2 * (dx**2 + dy**2) if sigma else torch.zeros_like(dx))
+            squared = dx**2 + dy**2
+            terms = [
+                math.log2(weight) - squared * (HALF_LOG2_E / sigma**2 if sigma else 0.0)
                 for weight, sigma in zip(weights, sigmas_xy, strict=True)
             ]
-            yield dy * pitch + (-reach_x if dy else 1), torch.stack(rows)[:, :, None].to(like.dtype).to(like.device)
+            yield dy * pitch + first, torch.stack(terms)[:, :, None]
 
 
 def _coefficients(channels: Sequence[int], sigmas: Sequence[float], kernels: int) -> list[list[float]]:
