@@ -158,7 +158,7 @@ def percentiles(values: list[float]) -> dict[str, float]:
 
 
 def surroundings(contended: bool) -> dict[str, str | int]:
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent)
     return {
         "mode": "forward+backward",
         "dtype": "float32",
@@ -200,6 +200,8 @@ def main() -> None:
         name, *shape = arguments.memory_of
         print(measure_memory(name, tuple(map(int, shape))))
         return
+    if arguments.repeats < 1:
+        parser.error(f"--repeats: expected at least 1, got {arguments.repeats}")
     try:
         arguments.out.open("a").close()
     except OSError as error:

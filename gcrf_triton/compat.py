@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .loss import check_tensor, gated_crf_loss, parse_kernels
+from .loss import check_prediction, check_tensor, gated_crf_loss, parse_kernels
 from .op import accumulation_dtype
 
 Downsampler = Callable[[Tensor, tuple[int, int]], Tensor]
+OFFICIAL_NAMES = {
+    "input": "y_hat_softmax",
+    "kernels": "kernels_desc",
+    "radius": "kernels_radius",
+    "features": "sample",
+    "source": "mask_src",
+    "destination": "mask_dst",
+}
 
 
 class ModelLossSemsegGatedCRF(torch.nn.Module):
@@ -24,7 +34,8 @@ class ModelLossSemsegGatedCRF(torch.nn.Module):
         1/D sum_i d_i n_i sum_m w_m exp(-1/2 sum_f |f_i|^2 / sigma_mf^2)      n_i: positions of i's window outside
 
     to the loss, a constant. Unlike there, arguments are never written to, a compatibility matrix works, sizes need not
-    be multiples, images may be uint8, masks any dtype, and a NaN under a closed mask stays there.
+    be multiples, images may be uint8, masks any dtype, and a NaN under a closed mask stays there. Kernel weights are
+    positive, the radius is at least 1, and the batch size of all tensors is the same.
     """
 
     def forward(
@@ -52,41 +63,46 @@ class ModelLossSemsegGatedCRF(torch.nn.Module):
             custom_modality_downsamplers: name -> function(tensor, (H, W)), "mask" too; the default averages areas.
             out_kernels_vis: also draw the kernels of every (2 radius + 1)th pixel side by side.
         """
-        check_tensor("y_hat_softmax", y_hat_softmax, "[N, C, H, W]", 4)
-        names, weights, _ = parse_kernels(kernels_desc)
-        height, width = y_hat_softmax.shape[2:]
-        dtype = accumulation_dtype(y_hat_softmax.dtype)
+        check_prediction("y_hat_softmax", y_hat_softmax)
+        downsamplers = custom_modality_downsamplers or {}
+        with _official_names():
+            names, weights, _ = parse_kernels(kernels_desc)
+        if not isinstance(sample, (Tensor, Mapping)):
+            raise TypeError(f"sample: expected a mapping from names to tensors, got {type(sample).__name__}")
+        images = dict.fromkeys(names, sample) if isinstance(sample, Tensor) else sample
+        missing = [name for name in names if name not in images]
+        if missing:
+            raise ValueError(f"sample: kernels_desc uses {missing[0]!r}, got only {sorted(map(str, images)) or 'none'}")
 
-        def resample(name: str, tensor: Tensor) -> Tensor:
-            return (custom_modality_downsamplers or {}).get(name, F.adaptive_avg_pool2d)(tensor, (height, width))
-
-        if isinstance(sample, Tensor):
-            sample = dict.fromkeys(names, sample)
-        features = {}
+        features, gates = {}, []
         for name in names:
-            if name not in sample:
-                raise ValueError(f"sample: kernels_desc uses {name!r}, got only {sorted(map(str, sample)) or 'none'}")
-            check_tensor(f"sample[{name!r}]", sample[name], "[N, F, h, w]", 4)
-            scale = 255 if sample[name].dtype == torch.uint8 else 1
-            features[name] = resample(name, sample[name].to(dtype) / scale)
-        gates: list[Tensor | None] = []
+            check_tensor(f"sample[{name!r}]", images[name], "[N, F, h, w]", 4)
+            features[name] = _resample(name, images[name], y_hat_softmax, downsamplers)
         for name, mask in (("mask_src", mask_src), ("mask_dst", mask_dst)):
             if mask is not None:
                 check_tensor(name, mask, "[N, 1, h, w]", 4)
-                mask = mask.to(dtype) if mask.shape[2:] == (height, width) else resample("mask", mask.to(dtype))
+                if mask.shape[2:] != y_hat_softmax.shape[2:]:
+                    mask = _resample("mask", mask, y_hat_softmax, downsamplers)
+                mask = mask.to(accumulation_dtype(y_hat_softmax.dtype))
                 mask = mask.where(mask >= 1, 0.0)  # also where it is NaN
             gates.append(mask)
         source, destination = gates
-        loss = gated_crf_loss(
-            y_hat_softmax,
-            features,
-            kernels_desc,
-            kernels_radius,
-            source=source,
-            destination=destination,
-            compatibility=None if compatibility is None else compatibility.to(y_hat_softmax.device),
-        )
+        if isinstance(compatibility, Tensor):
+            compatibility = compatibility.to(y_hat_softmax.device)
+        with _official_names():
+            loss = gated_crf_loss(
+                y_hat_softmax,
+                features,
+                kernels_desc,
+                kernels_radius,
+                source=source,
+                destination=destination,
+                compatibility=compatibility,
+            )
 
+        for gate in gates:
+            if gate is not None:  # what is not finite under it left the loss, and is drawn as 0
+                features = {name: image.where(image.isfinite() | (gate > 0), 0.0) for name, image in features.items()}
         described = [_scaled_features(kernel, features, y_hat_softmax) for kernel in kernels_desc]
         if source is None and compatibility is None:
             loss = loss + _border_constant(described, weights, kernels_radius, destination)
@@ -94,6 +110,31 @@ class ModelLossSemsegGatedCRF(torch.nn.Module):
             return {"loss": loss}
         drawing = _draw_kernels(described, weights, kernels_radius, source, destination)
         return {"loss": loss, "kernels_vis": F.interpolate(drawing, (height_input, width_input), mode="nearest")}
+
+
+@contextlib.contextmanager
+def _official_names() -> Iterator[None]:
+    # errors name the arguments as the caller wrote them
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        name, rest = re.split(r"(?!\w)", str(error), maxsplit=1)
+        raise type(error)(OFFICIAL_NAMES.get(name, name) + rest) from None
+
+
+def _resample(name: str, tensor: Tensor, like: Tensor, downsamplers: Mapping[str, Downsampler]) -> Tensor:
+    # the caller's own function sees the tensor as it is
+    size, dtype = (like.shape[2], like.shape[3]), accumulation_dtype(like.dtype)
+    if name in downsamplers:
+        tensor = downsamplers[name](tensor, size)
+        if not isinstance(tensor, Tensor) or tensor.shape[2:] != size:
+            found = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(
+                f"custom_modality_downsamplers[{name!r}]: expected [N, F, {size[0]}, {size[1]}], got {found}"
+            )
+    scale = 255 if tensor.dtype == torch.uint8 and name != "mask" else 1
+    tensor = tensor.to(dtype) / scale
+    return tensor if tensor.shape[2:] == size else F.adaptive_avg_pool2d(tensor, size)
 
 
 def _scaled_features(kernel: Mapping[str, float], features: Mapping[str, Tensor], like: Tensor) -> Tensor:
@@ -120,7 +161,7 @@ def _border_constant(
         for weight, feature in zip(weights, described, strict=True)
     )
     total = (gate * torch.as_tensor(similarity)).where(gate > 0, 0.0).sum()
-    return total / (gate.numel() if destination is None else destination.sum().clamp(min=1))
+    return total / (max(gate.numel(), 1) if destination is None else destination.sum().clamp(min=1))
 
 
 def _positions_inside(length: int, radius: int, device: torch.device) -> Tensor:
@@ -139,14 +180,14 @@ def _draw_kernels(
     # every (2 radius + 1)th pixel's window, where its pixels are [N, 1, H, W]
     n, _, height, width = described[0].shape
     drawing = described[0].new_zeros(n, 1, height, width)
-    if min(height, width) <= radius:
+    if min(height, width) <= radius or not n:
         return drawing
     diameter = 2 * radius + 1
     rows, columns = ((length + radius) // diameter for length in (height, width))
 
     def windows(image: Tensor) -> Tensor:
         flat = F.unfold(F.pad(image, (0, radius, 0, radius)), diameter, stride=diameter)
-        return flat.view(n, -1, diameter, diameter, rows, columns)
+        return flat.view(n, image.shape[1], diameter, diameter, rows, columns)
 
     total = torch.zeros_like(windows(drawing))
     for weight, feature in zip(weights, described, strict=True):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from .op import accumulation_dtype, area_average, pairwise_energy, select_engine
 
 Kernel = Mapping[str, float]
 Reduction = Literal["mean", "sum", "none"]
+SMALLEST, LARGEST = 1e-12, 1e12  # sigmas and weights whose squares and products float32 can hold
 KERNELS: tuple[Kernel, ...] = ({"weight": 1.0, "xy": 6.0, "rgb": 0.1},)
 
 
@@ -48,7 +50,8 @@ def gated_crf_loss(
             other in units of the feature of that name. The default's rgb 0.1 is 25 grey levels of an image in [0, 1],
             and about 6 of one normalised by mean and standard deviation, as in the paper.
         radius: half width of the window in pixels of the input.
-        source: [N, H, W] or [N, 1, H, W], bool, integer or floating, >= 0. Pixels with 0 attract nobody.
+        source: [N, H, W] or [N, 1, H, W], bool, integer or floating, >= 0, a weight (a mask of 255 weighs 255). Pixels
+            with 0 attract nobody.
         destination: the same; pixels with 0 are not attracted. Predictions and features that are not finite under a
             closed gate take their pixel out of the sum.
         compatibility: [C, C], >= 0 with a zero diagonal; None is the Potts model above.
@@ -57,22 +60,23 @@ def gated_crf_loss(
         impl: "auto" or "torch".
 
     Returns:
-        A scalar, or [N, H, W], in the accumulation dtype. Differentiable with respect to `input`, any number of times.
-        One pass over the pairs gives the loss and its gradient; memory does not depend on the radius.
+        A scalar, or [N, H, W], in the accumulation dtype. Differentiable with respect to `input` in reverse mode, any
+        number of times. One pass over the pairs gives the loss and its gradient; of the radius, memory only sees a
+        margin of that many pixels.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was given. Values (not shapes or types)
-            are checked on the CPU only, since reading them elsewhere would wait for the device.
+            are checked on the CPU only, and not while compiling: reading them waits for a device and breaks a graph.
+        NotImplementedError: for forward-mode derivatives.
 
     Source: Obukhov, Georgoulis, Dai, Van Gool, Gated CRF Loss for Weakly Supervised Semantic Image Segmentation,
     arXiv 1906.04651.
     """
-    check_tensor("input", input, "[N, C, H, W]", 4)
-    if not input.is_floating_point():
-        raise TypeError(f"input: expected a floating-point tensor, got {input.dtype}")
-    if 0 in input.shape[1:]:
-        raise ValueError(f"input: expected at least one class and one pixel, got {_shape(input)}")
-    names, weights, sigmas = _check_settings(kernels, radius, reduction, impl)
+    check_prediction("input", input)
+    if not torch.compiler.is_compiling() and unpack_dual(input).tangent is not None:
+        raise NotImplementedError("input: expected no forward-mode tangent: derivatives are in reverse mode only")
+    names, weights, sigmas = _check_settings(kernels, radius, from_logits, reduction, impl)
+    radius = min(int(radius), 2**31 - 1)
     if not isinstance(features, Mapping):
         raise TypeError(f"features: expected a mapping from names to tensors, got {type(features).__name__}")
     missing = [name for name in names if name not in features]
@@ -83,6 +87,9 @@ def gated_crf_loss(
     source = _prepare_gate("source", source, input)
     destination = _prepare_gate("destination", destination, input)
     mu = _prepare_compatibility(compatibility, input)
+    if from_logits and mu is None:
+        # softmax sums to 1, so 1 - p_i . p_j = p_i^T (1 - I) p_j: a sum of positive terms, exact where pixels agree
+        mu = 1 - torch.eye(input.shape[1], dtype=accumulation_dtype(input.dtype), device=input.device)
     denominator = _denominator(source, destination, input) if reduction == "mean" else None
     if source is not None or destination is not None:
         input, guides, source, destination = _hide_closed(input, guides, source, destination, from_logits)
@@ -92,7 +99,10 @@ def gated_crf_loss(
     if reduction == "none":
         return _energies(probabilities, guides, source, destination, mu, weights, sigmas, radius)
     with_product = torch.is_grad_enabled() and input.requires_grad
-    energy, _ = pairwise_energy(probabilities, guides, source, destination, mu, weights, sigmas, radius, with_product)
+    symmetric = compatibility is None
+    energy, _ = pairwise_energy(
+        probabilities, guides, source, destination, mu, symmetric, weights, sigmas, radius, with_product
+    )
     return energy if denominator is None else energy / denominator
 
 
@@ -112,8 +122,10 @@ class GatedCRFLoss(torch.nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        _check_settings(kernels, radius, reduction, impl)
-        self.kernels, self.radius = kernels, radius
+        _check_settings(kernels, radius, from_logits, reduction, impl)
+        if compatibility is not None:
+            _check_compatibility(compatibility)
+        self.kernels, self.radius = tuple(dict(kernel) for kernel in kernels), radius
         self.register_buffer("compatibility", compatibility)
         self.from_logits, self.reduction, self.impl = from_logits, reduction, impl
 
@@ -158,31 +170,36 @@ def partial_cross_entropy(
     Raises:
         TypeError, ValueError: naming the argument; label values are checked on the CPU only.
     """
-    check_tensor("logits", logits, "[N, C, H, W]", 4)
-    if not logits.is_floating_point():
-        raise TypeError(f"logits: expected a floating-point tensor, got {logits.dtype}")
+    check_prediction("logits", logits)
     check_tensor("labels", labels, "[N, H, W]", 3, logits.device)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels: expected an integer tensor, got {labels.dtype}")
     classes = logits.shape[1]
     if labels.shape != logits.shape[:1] + logits.shape[2:]:
         raise ValueError(f"labels: expected {_shape(logits[:, 0])} as in logits, got {_shape(labels)}")
-    dtype = accumulation_dtype(logits.dtype)
-    labels = labels.long()
-    labelled = labels != ignore_index
-    if _readable(labels) and ((labels < 0) | (labels >= classes))[labelled].any():
-        wrong = labels[labelled & ((labels < 0) | (labels >= classes))].unique().tolist()
-        raise ValueError(f"labels: expected 0 to {classes - 1} or ignore_index={ignore_index}, got {wrong[:8]}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
     if weight is not None:
         check_tensor("weight", weight, "[C]", 1, logits.device)
-        if weight.shape[0] != classes:
-            raise ValueError(f"weight: expected [{classes}], one a class, got {_shape(weight)}")
-        weight = weight.to(dtype)
-    total = F.cross_entropy(logits.to(dtype), labels, weight, ignore_index=ignore_index, reduction="sum")
-    if weight is None:
-        return total / labelled.sum().clamp(min=1)
-    mass = weight[labels.where(labelled, 0)].where(labelled, 0.0).sum()
-    return total / mass.where(mass > 0, 1.0)
+        _check_constant("weight", weight)
+        if weight.shape[0] != classes or weight.is_complex():
+            raise ValueError(f"weight: expected [{classes}] real numbers, got {weight.dtype} {_shape(weight)}")
+        _check_values("weight", weight)
+    labels = labels.long()
+    labelled = labels != ignore_index
+    if _readable(labels):
+        wrong = labels[labelled & ((labels < 0) | (labels >= classes))]
+        if wrong.numel():
+            found = wrong.unique().tolist()[:8]
+            raise ValueError(f"labels: expected 0 to {classes - 1} or ignore_index={ignore_index}, got {found}")
+
+    dtype = accumulation_dtype(logits.dtype)
+    labels = labels.where(labelled, 0)
+    seen = logits.masked_fill(~labelled[:, None], 0)  # whatever is under no label stays there
+    errors = -torch.log_softmax(seen, dim=1, dtype=dtype).gather(1, labels[:, None])[:, 0]  # [N, H, W]
+    mass = labelled.to(dtype) if weight is None else weight.to(dtype)[labels] * labelled
+    total = mass.sum(2).sum(1).sum()
+    return (errors * mass).sum(2).sum(1).sum() / total.where(total > 0, 1.0)
 
 
 def _energies(
@@ -198,7 +215,7 @@ def _energies(
     # e_i = d_i (sum_j k_ij s_j - p_i . sum_j k_ij s_j p_j) [N, H, W]: the ungated operator on the columns [s p | s]
     mass = torch.ones_like(probabilities[:, :1]) if source is None else source[:, None]
     columns = torch.cat([probabilities * mass, mass], dim=1)
-    _, sums = pairwise_energy(columns, features, None, None, None, weights, sigmas, radius, True)
+    _, sums = pairwise_energy(columns, features, None, None, None, True, weights, sigmas, radius, True)
     if mu is None:
         energies = sums[:, -1] - (probabilities * sums[:, :-1]).sum(1)
     else:
@@ -231,16 +248,20 @@ def _hide_closed(
 
 def _denominator(source: Tensor | None, destination: Tensor | None, input: Tensor) -> Tensor | int:
     gate = source if destination is None else destination
-    return max(input[:, 0].numel(), 1) if gate is None else gate.sum().clamp(min=1)
+    if gate is None:
+        return max(input[:, 0].numel(), 1)
+    return gate.sum(2).sum(1).sum().clamp(min=1)  # dimension by dimension: the same bits on any number of threads
 
 
 def _check_settings(
-    kernels: Sequence[Kernel], radius: int, reduction: str, impl: str
+    kernels: Sequence[Kernel], radius: int, from_logits: bool, reduction: str, impl: str
 ) -> tuple[list[str], list[float], list[float]]:
+    if not isinstance(from_logits, bool):
+        raise TypeError(f"from_logits: expected a bool, got {type(from_logits).__name__}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     select_engine(impl)
-    if isinstance(radius, bool) or not isinstance(radius, int):
+    if isinstance(radius, bool) or not isinstance(radius, Integral):
         raise TypeError(f"radius: expected an int, got {type(radius).__name__}")
     if radius < 1:
         raise ValueError(f"radius: expected at least 1, got {radius}")
@@ -261,10 +282,10 @@ def parse_kernels(kernels: Sequence[Kernel]) -> tuple[list[str], list[float], li
         for name, value in kernel.items():
             if not isinstance(name, str):
                 raise TypeError(f"kernels[{m}]: expected names of modalities, got {name!r}")
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"kernels[{m}][{name!r}]: expected a number, got {type(value).__name__}")
-            if not 0 < value < math.inf:
-                raise ValueError(f"kernels[{m}][{name!r}]: expected a positive finite number, got {value}")
+            if not SMALLEST <= value <= LARGEST:
+                raise ValueError(f"kernels[{m}][{name!r}]: expected a number from {SMALLEST} to {LARGEST}, got {value}")
     names = list(dict.fromkeys(name for kernel in kernels for name in kernel if name not in ("weight", "xy")))
     weights = [float(kernel["weight"]) for kernel in kernels]
     return names, weights, [float(kernel.get(name, 0)) for kernel in kernels for name in ("xy", *names)]
@@ -276,12 +297,14 @@ def _prepare_feature(name: str, feature: Tensor, input: Tensor) -> Tensor:
     if not feature.is_floating_point() and feature.dtype != torch.uint8:
         raise TypeError(f"{name}: expected floating point or uint8, got {feature.dtype}")
     height, width = input.shape[2:]
+    if not feature.shape[1]:
+        raise ValueError(f"{name}: expected at least one channel, got {_shape(feature)}")
     if feature.shape[0] != input.shape[0] or feature.shape[2] < height or feature.shape[3] < width:
         raise ValueError(
             f"{name}: expected [{input.shape[0]}, F, h, w] with h >= {height} and w >= {width} for an input of "
             f"{_shape(input)}, got {_shape(feature)}"
         )
-    scaled = feature.to(accumulation_dtype(input.dtype))
+    scaled = feature.to(accumulation_dtype(input.dtype), copy=True)  # saved for backward: later changes do not reach it
     if feature.dtype == torch.uint8:
         scaled = scaled / 255
     return scaled if feature.shape[2:] == input.shape[2:] else area_average(scaled, height, width)
@@ -300,32 +323,53 @@ def _prepare_gate(name: str, gate: Tensor | None, input: Tensor) -> Tensor | Non
     if gate.shape not in ((n, height, width), (n, 1, height, width)):
         raise ValueError(f"{name}: expected [{n}, {height}, {width}], with or without a channel, got {_shape(gate)}")
     gate = gate.reshape(n, height, width).to(accumulation_dtype(input.dtype))
-    if _readable(gate) and not (gate >= 0).all():
-        raise ValueError(f"{name}: expected values >= 0, got {gate[~(gate >= 0)][0].item()}")
+    _check_values(name, gate)
     return gate
 
 
 def _prepare_compatibility(mu: Tensor | None, input: Tensor) -> Tensor | None:
     if mu is None:
         return None
-    check_tensor("compatibility", mu, "[C, C]", 2, input.device)
-    _check_constant("compatibility", mu)
+    _check_compatibility(mu, input.device)
     classes = input.shape[1]
     if mu.shape != (classes, classes):
         raise ValueError(f"compatibility: expected [{classes}, {classes}] for {classes} classes, got {_shape(mu)}")
-    mu = mu.to(accumulation_dtype(input.dtype))
-    if _readable(mu):
-        if not (mu >= 0).all():
-            raise ValueError(f"compatibility: expected values >= 0, got {mu[~(mu >= 0)][0].item()}")
-        if mu.diagonal().any():
-            raise ValueError(f"compatibility: expected a zero diagonal, got {mu.diagonal().tolist()}")
-    return (classes - 1) * F.normalize(mu, p=1, dim=1)
+    return (classes - 1) * F.normalize(mu.to(accumulation_dtype(input.dtype)), p=1, dim=1)
+
+
+def _check_compatibility(mu: Tensor, device: torch.device | None = None) -> None:
+    check_tensor("compatibility", mu, "[C, C]", 2, device)
+    _check_constant("compatibility", mu)
+    if mu.shape[0] != mu.shape[1]:
+        raise ValueError(f"compatibility: expected [C, C], got {_shape(mu)}")
+    if mu.is_complex():
+        raise TypeError(f"compatibility: expected real values, got {mu.dtype}")
+    _check_values("compatibility", mu)
+    if _readable(mu) and mu.diagonal().any():
+        raise ValueError(f"compatibility: expected a zero diagonal, got {mu.diagonal().tolist()}")
+
+
+def check_prediction(name: str, prediction: Tensor) -> None:
+    """Raise unless `prediction` is [N, C, H, W] of a dtype the loss is computed in."""
+    check_tensor(name, prediction, "[N, C, H, W]", 4)
+    if prediction.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"{name}: expected float64, float32, float16 or bfloat16, got {prediction.dtype}")
+    if 0 in prediction.shape[1:]:
+        raise ValueError(f"{name}: expected at least one class and one pixel, got {_shape(prediction)}")
+
+
+def _check_values(name: str, tensor: Tensor) -> None:
+    # finite and not negative
+    if _readable(tensor) and not (wrong := ~((tensor >= 0) & tensor.isfinite())).logical_not().all():
+        raise ValueError(f"{name}: expected finite values >= 0, got {tensor[wrong][0].item()}")
 
 
 def check_tensor(name: str, tensor: Tensor, form: str, dim: int, device: torch.device | None = None) -> None:
     """Raise unless `tensor` is one of `dim` dimensions on `device`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor {form}, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {tensor.layout}")
     if tensor.dim() != dim:
         raise ValueError(f"{name}: expected {form}, got {_shape(tensor)}")
     if device is not None and tensor.device != device:
@@ -338,8 +382,9 @@ def _check_constant(name: str, tensor: Tensor) -> None:
 
 
 def _readable(tensor: Tensor) -> bool:
-    # values can be looked at without waiting for a device or breaking a graph
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    # values are there to be looked at, without waiting for a device or breaking a graph
+    ordinary = type(tensor) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+    return tensor.device.type == "cpu" and ordinary and not torch.compiler.is_compiling()
 
 
 def _shape(tensor: Tensor) -> list[int]:

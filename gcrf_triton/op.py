@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from torch import Tensor
 from . import torch_engine
 
 ENGINES = ("auto", "torch")
-Gates = tuple[Tensor | None, Tensor | None]
 
 
 def select_engine(impl: str) -> str:
@@ -33,6 +33,7 @@ def pairwise_energy(
     source: Tensor | None,
     destination: Tensor | None,
     compatibility: Tensor | None,
+    symmetric: bool,
     weights: Sequence[float],
     sigmas: Sequence[float],
     radius: int,
@@ -47,14 +48,17 @@ def pairwise_energy(
 
     Args:
         input: p [N, C, H, W].
-        features, source, destination, weights, sigmas, radius: as for `torch_engine.apply_pairwise`.
+        features, source, destination, weights, sigmas, radius: as for `torch_engine.apply_pairwise`; one gate will do.
         compatibility: mu [C, C], used as it is.
-        with_product: False leaves the product empty and does half the work.
+        symmetric: mu is its own transpose, which makes gates cheaper.
+        with_product: False leaves the product empty and, but for a matrix that is not symmetric, does half the work.
 
     Returns:
         A scalar and [N, C, H, W], in the accumulation dtype, differentiable in `input` any number of times.
     """
-    gates = (source, destination)
+    if source is not None or destination is not None:
+        ones = torch.ones_like(input[:, 0], dtype=accumulation_dtype(input.dtype))
+        source, destination = (ones if gate is None else gate for gate in (source, destination))
     apply = functools.partial(
         torch_engine.apply_pairwise,
         features=features,
@@ -65,39 +69,46 @@ def pairwise_energy(
     )
     with torch_engine.serial_operations(input.device):
         p = input.to(accumulation_dtype(input.dtype))
-        if compatibility is None:
-            energy, product = _potts(apply, p, gates, with_product)
+        if compatibility is not None and not symmetric:
+            energy, product = _any_matrix(apply, p, source, destination, compatibility)
         else:
-            energy, product = _with_compatibility(apply, p, gates, compatibility)
+            apply = functools.partial(apply, source=source, destination=destination, both_ends=with_product)
+            energy, product = _potts(apply, p) if compatibility is None else _symmetric_matrix(apply, p, compatibility)
+            energy = energy if with_product else 2 * energy
         return energy, product.contiguous() if with_product else p.new_empty(0)
 
 
-def _potts(apply: Callable[..., Tensor], p: Tensor, gates: Gates, with_product: bool) -> tuple[Tensor, Tensor]:
-    ones = p.new_ones(1).expand(p.shape[0], 1, *p.shape[2:])
-    sums = apply([p, ones], source=gates[0], destination=gates[1], both_ends=with_product)
+def _potts(apply: Callable[..., Tensor], p: Tensor) -> tuple[Tensor, Tensor]:
+    sums = apply([p, p.new_ones(1).expand(p.shape[0], 1, *p.shape[2:])])
     product, mass = sums[:, :-1], sums[:, -1]
     # pixel by pixel, so that where neighbours agree two equal sums cancel exactly
-    energy = (mass - torch.linalg.vecdot(p, product, dim=1)).sum()
-    return energy if with_product else 2 * energy, product
+    return (mass - torch.linalg.vecdot(p, product, dim=1)).sum(), product
 
 
-def _with_compatibility(apply: Callable[..., Tensor], p: Tensor, gates: Gates, mu: Tensor) -> tuple[Tensor, Tensor]:
-    source, destination = (1 if gate is None else gate[:, None] for gate in gates)
-    columns = [p] if all(gate is None for gate in gates) else [source * p, destination * p]
+def _symmetric_matrix(apply: Callable[..., Tensor], p: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
+    mixed = torch.einsum("cd,ndhw->nchw", mu, apply([p]))
+    return torch.linalg.vecdot(p, mixed, dim=1).sum(), -mixed
+
+
+def _any_matrix(
+    apply: Callable[..., Tensor], p: Tensor, source: Tensor | None, destination: Tensor | None, mu: Tensor
+) -> tuple[Tensor, Tensor]:
+    s, d = (1 if gate is None else gate[:, None] for gate in (source, destination))
+    columns = [p] if source is None else [s * p, d * p]
     sums = apply(columns, source=None, destination=None).split(p.shape[1], dim=1)
-    towards = destination * torch.einsum("cd,ndhw->nchw", mu, sums[0])  # d mu K (s p)
-    away = source * torch.einsum("dc,ndhw->nchw", mu, sums[-1])  # s mu^T K (d p)
+    towards = d * torch.einsum("cd,ndhw->nchw", mu, sums[0])  # d mu K (s p)
+    away = s * torch.einsum("dc,ndhw->nchw", mu, sums[-1])  # s mu^T K (d p)
     return torch.linalg.vecdot(p, towards, dim=1).sum(), -0.5 * (towards + away)
 
 
 @pairwise_energy.register_fake
-def _(input, features, source, destination, compatibility, weights, sigmas, radius, with_product):
+def _(input, features, source, destination, compatibility, symmetric, weights, sigmas, radius, with_product):
     dtype = accumulation_dtype(input.dtype)
     return input.new_empty((), dtype=dtype), input.new_empty(input.shape if with_product else (0,), dtype=dtype)
 
 
 def _setup_context(ctx, inputs, output):
-    input, features, source, destination, compatibility, *ctx.kernel, ctx.with_product = inputs
+    input, features, source, destination, compatibility, *ctx.settings, ctx.with_product = inputs
     ctx.dtype = input.dtype
     ctx.save_for_backward(output[1], source, destination, compatibility, *features)
     ctx.set_materialize_grads(False)
@@ -109,22 +120,22 @@ def _backward(ctx, grad_energy, grad_product):
     product, source, destination, compatibility, *features = ctx.saved_tensors
     grad = None
     if grad_energy is not None:
-        with torch_engine.serial_operations(product.device):
+        with nullcontext() if torch.compiler.is_compiling() else torch_engine.serial_operations(product.device):
             grad = -2 * grad_energy * product
     if grad_product is not None:
-        _, again = pairwise_energy(grad_product, features, source, destination, compatibility, *ctx.kernel, True)
+        _, again = pairwise_energy(grad_product, features, source, destination, compatibility, *ctx.settings, True)
         grad = again if grad is None else grad + again
-    return None if grad is None else grad.to(ctx.dtype), [None] * len(features), *[None] * 7
+    return None if grad is None else grad.to(ctx.dtype), [None] * len(features), *[None] * 8
 
 
 pairwise_energy.register_autograd(_backward, setup_context=_setup_context)
-for _device_type in ("cpu", "cuda"):
+for _device_type in ("cpu", "cuda", "xpu", "mps"):
     pairwise_energy.register_autocast(_device_type, torch.float32)
 
 
 @torch.library.custom_op("gcrf_triton::area_average", mutates_args=())
 def area_average(image: Tensor, height: int, width: int) -> Tensor:
-    """Average [N, F, h, w] down to [N, F, height, width]; opaque, since compilers fail on it where sizes are dynamic."""
+    """Average [N, F, h, w] down to [N, F, height, width]; opaque, as compilers fail on it where sizes are dynamic."""
     return torch.nn.functional.adaptive_avg_pool2d(image, (height, width))
 
 

@@ -17,6 +17,7 @@ HALF_LOG2_E = 0.5 * math.log2(math.e)  # exp(-x / 2) = exp2(-HALF_LOG2_E x)
 CPU_TILE = 8192  # pixels: the operands of a tile stay in a core's cache
 DEVICE_TILE = 65536
 BLOCKS = 16
+OFFSETS = 11  # at a time, so that memory does not grow with the window
 VALUES_PER_THREAD = 1 << 20  # a thread that is given less costs more than it saves
 
 
@@ -116,11 +117,11 @@ def _blocks(pixels: int, farthest: int, tile: int) -> list[range]:
 def _offset_rows(
     reach_y: int, reach_x: int, pitch: int, weights: Sequence[float], sigmas_xy: Sequence[float], like: Tensor
 ) -> Iterator[tuple[int, Tensor]]:
-    # the half window by rows: the shift of a row's first offset; log2(w_m) plus the xy term of its offsets [M, n, 1]
+    # The half window by rows, a few offsets at a time: the shift of the first one, and log2(w_m) plus the xy term of
+    # each [M, n, 1].
     for dy in range(reach_y + 1):
-        first = -reach_x if dy else 1
-        dx = torch.arange(first, reach_x + 1, dtype=like.dtype, device=like.device)
-        if len(dx):
+        for first in range(-reach_x if dy else 1, reach_x + 1, OFFSETS):
+            dx = torch.arange(first, min(first + OFFSETS, reach_x + 1), dtype=like.dtype, device=like.device)
             squared = dx**2 + dy**2
             terms = [
                 math.log2(weight) - squared * (HALF_LOG2_E / sigma**2 if sigma else 0.0)

@@ -38,12 +38,30 @@ def test_error_budget_over_sigma(sigma):
     assert (gradient - exact_gradient).norm() <= 1e-5 * exact_gradient.norm()
 
 
-@pytest.mark.parametrize("margin, tolerance", [(5, 1e-6), (10, 1e-4), (14, 1e-3)])
-def test_near_agreement_does_not_cancel_to_noise(margin, tolerance):
-    problem = make_problem((1, 21, 64, 64), dtype=torch.float32)
+def agreeing_logits(margin):
     logits = torch.randn(1, 21, 64, 64)
-    logits[:, 3] += margin  # at 14 the loss is a few millionths of the sums it is the difference of
-    problem.probabilities = logits.softmax(1)
+    logits[:, 3] += margin  # at 14 the loss is a few millionths of the two sums it is the difference of
+    return logits
+
+
+@pytest.mark.parametrize("gates", ["", "s"])
+@pytest.mark.parametrize("margin", [5, 10, 14, 20])
+def test_near_agreement_from_logits(margin, gates):
+    problem = make_problem((1, 21, 64, 64), gates=gates, dtype=torch.float32)
+    problem.probabilities = agreeing_logits(margin)
+    exact_value, exact_gradient = value_and_gradient(problem.to(torch.float64), lambda p: p.loss(from_logits=True))
+    value, gradient = value_and_gradient(problem, lambda p: p.loss(from_logits=True))
+    assert abs(value - exact_value) <= 2e-6 * exact_value
+    assert (gradient - exact_gradient).norm() <= 2e-6 * exact_gradient.norm()
+    energies = problem.loss(from_logits=True, reduction="none")
+    exact = problem.to(torch.float64).loss(from_logits=True, reduction="none")
+    assert (energies - exact).norm() <= 2e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("margin, tolerance", [(5, 1e-6), (10, 1e-4), (14, 1e-3)])
+def test_near_agreement_of_probabilities(margin, tolerance):
+    problem = make_problem((1, 21, 64, 64), dtype=torch.float32)
+    problem.probabilities = agreeing_logits(margin).softmax(1)  # which do not sum to exactly 1 any more
     exact = problem.to(torch.float64).loss(reduction="sum")
     assert abs(problem.loss(reduction="sum") - exact) <= tolerance * exact
 

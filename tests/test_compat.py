@@ -164,6 +164,31 @@ def test_bytes_uneven_sizes_and_boolean_masks_are_accepted():
     torch.testing.assert_close(found, expected)
 
 
+def test_custom_downsamplers_see_the_tensor_as_it_is():
+    y, _, _ = random_case((6, 7), 3, 1, 0, 0)
+    grey_levels = torch.randint(0, 256, (2, 3, 12, 14), dtype=torch.uint8)
+    module = ModelLossSemsegGatedCRF()
+    for custom in (lambda t, size: t[:, :, ::2, ::2], lambda t, size: t[:, :, ::2, ::2].float() / 255):
+        found = module(y, KERNELS["one"], 3, grey_levels, 12, 14, custom_modality_downsamplers={"rgb": custom})["loss"]
+        expected = module(y, KERNELS["one"], 3, grey_levels[:, :, ::2, ::2], 6, 7)["loss"]
+        torch.testing.assert_close(found, expected)
+
+
+def test_empty_batch():
+    out = ModelLossSemsegGatedCRF()(
+        torch.zeros(0, 3, 6, 7), KERNELS["two"], 2, torch.zeros(0, 3, 6, 7), 6, 7, out_kernels_vis=True
+    )
+    assert out["loss"] == 0 and out["kernels_vis"].shape == (0, 1, 6, 7)
+
+
+def test_compiles_into_one_graph():
+    y, image, masks = random_case((6, 7), 3, 2, 1, 1)
+    module = ModelLossSemsegGatedCRF()
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    arguments = (y, KERNELS["two"], 2, {"rgb": image}, 12, 14, *masks)
+    torch.testing.assert_close(compiled(*arguments), module(*arguments))
+
+
 def test_the_image_itself_for_a_sample():
     y, image, _ = random_case((6, 7), 1, 1, 0, 0)
     module = ModelLossSemsegGatedCRF()
@@ -177,7 +202,8 @@ def test_a_nan_under_a_closed_mask_stays_there():
     mask = torch.ones(2, 1, 6, 7)
     mask[:, :, 2, 2] = 0
     for masks in ((mask, None), (None, mask), (mask, mask)):
-        assert ModelLossSemsegGatedCRF()(y, KERNELS["two"], 3, {"rgb": image}, 6, 7, *masks)["loss"].isfinite()
+        out = ModelLossSemsegGatedCRF()(y, KERNELS["two"], 1, {"rgb": image}, 6, 7, *masks, out_kernels_vis=True)
+        assert out["loss"].isfinite() and out["kernels_vis"].isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -188,8 +214,21 @@ def test_a_nan_under_a_closed_mask_stays_there():
         (ValueError, "sample: kernels_desc uses 'rgb', got only", {"sample": {"image": torch.rand(2, 3, 6, 7)}}),
         (TypeError, r"sample\['rgb'\]", {"sample": {"rgb": "a.jpg"}}),
         (ValueError, r"mask_src: expected \[N, 1, h, w\]", {"mask_src": torch.ones(2, 6, 7)}),
-        (ValueError, "kernels", {"kernels_desc": [{"rgb": 0.1, "xy": 6.0}]}),
-        (ValueError, "radius", {"kernels_radius": 0}),
+        (TypeError, "sample: expected a mapping", {"sample": None}),
+        (TypeError, "sample: expected a mapping", {"sample": ["rgb"]}),
+        (ValueError, r"sample\['rgb'\]: expected \[2, F", {"sample": {"rgb": torch.rand(1, 3, 6, 7)}}),
+        (ValueError, r"sample\['rgb'\].*detach", {"sample": {"rgb": torch.rand(2, 3, 6, 7, requires_grad=True)}}),
+        (ValueError, r"mask_dst: expected \[2, 6, 7\]", {"mask_dst": torch.ones(2, 2, 6, 7)}),
+        (ValueError, r"kernels_desc\[0\]: expected a 'weight'", {"kernels_desc": [{"rgb": 0.1, "xy": 6.0}]}),
+        (TypeError, "kernels_desc: expected a sequence", {"kernels_desc": None}),
+        (ValueError, "kernels_radius: expected at least 1", {"kernels_radius": 0}),
+        (TypeError, "kernels_radius: expected an int", {"kernels_radius": 5.0}),
+        (TypeError, "compatibility: expected a tensor", {"compatibility": [[0, 1], [1, 0]]}),
+        (
+            ValueError,
+            r"custom_modality_downsamplers\['rgb'\]: expected \[N, F, 6, 7\], got \[2, 3, 3, 7\]",
+            {"custom_modality_downsamplers": {"rgb": lambda tensor, size: tensor[:, :, ::2]}},
+        ),
     ],
 )
 def test_wrong_arguments(error, message, change):

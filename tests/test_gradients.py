@@ -3,7 +3,10 @@
 import pytest
 import torch
 from problems import KERNELS, make_problem
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from gcrf_triton.torch_engine import apply_pairwise
 
 
 def loss_of(problem, **settings):
@@ -81,16 +84,23 @@ class LargestStorage(TorchDispatchMode):
 
 
 def test_no_window_is_ever_unfolded():
-    # columns and zero padding of a 4-class 200 x 200 image: (4 + 1) x (200 + r)^2 floats; an unfold is 121 x 40000 x 4
+    # inside the operator the largest tensor is 5 value columns with zeros around; an unfold would be 4 x 121 columns
     def largest(radius):
-        problem = make_problem((1, 4, 200, 200), radius=radius, dtype=torch.float32)
-        problem.probabilities.requires_grad_()
+        values, image = torch.rand(1, 5, 200, 200), torch.rand(1, 3, 200, 200)
         with LargestStorage() as mode:
-            problem.loss().backward()
+            apply_pairwise([values], [image], None, None, [1.0], [6.0, 0.1], radius)
         return mode.nbytes
 
-    assert largest(5) <= 1.5 * 4 * 5 * 205**2
-    assert largest(10) <= 1.5 * 4 * 5 * 210**2
+    columns = 4 * 5 * 200**2
+    assert columns < largest(5) <= 1.5 * columns
+    assert columns < largest(30) <= 2 * columns
+
+
+def test_forward_mode_is_refused():
+    problem = make_problem((1, 3, 6, 7))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="reverse mode only"):
+        problem.probabilities = forward_ad.make_dual(problem.probabilities, torch.ones(1, 3, 6, 7).double())
+        problem.loss()
 
 
 def test_an_expanded_gradient():

@@ -65,13 +65,27 @@ def test_inputs_and_what_surrounds_them_are_never_written():
         assert torch.equal(canary, before)
 
 
-def test_changing_what_was_saved_is_an_error():
-    problem = make_problem((1, 3, 6, 6))
-    problem.probabilities = torch.rand(1, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("gates", ["", "s"])
+def test_the_caller_may_change_features_before_backward(gates):
+    problem = make_problem((1, 3, 6, 6), gates=gates)
+    x = problem.probabilities.requires_grad_()
+    (expected,) = torch.autograd.grad(problem.loss(), x)
     loss = problem.loss()
-    problem.features["rgb"].zero_()  # saved for the second derivative
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+    problem.features["rgb"].zero_()
+    assert torch.equal(torch.autograd.grad(loss, x)[0], expected)
+
+
+def test_features_from_inference_mode():
+    problem = make_problem((1, 3, 6, 6))
+    with torch.inference_mode():
+        problem.features = {"rgb": problem.features["rgb"] * 1}
+    problem.probabilities.requires_grad_()
+    problem.loss().backward()
+
+
+def test_numbers_of_numpy():
+    kernels = [{"weight": np.float32(1), "xy": np.int64(6), "rgb": np.float64(0.1)}]
+    assert gated_crf_loss(INPUT, {"rgb": RGB}, kernels, np.int64(5)) == gated_crf_loss(INPUT, {"rgb": RGB})
 
 
 INPUT = torch.full((2, 3, 8, 9), 1 / 3)
@@ -82,8 +96,15 @@ WRONG = {
     "input a list": (TypeError, "input: expected a tensor", {"input": [[1.0]]}),
     "input an array": (TypeError, "input: expected a tensor", {"input": np.ones((2, 3, 8, 9))}),
     "input of 3 dimensions": (ValueError, r"input: expected \[N, C, H, W\], got \[3, 8, 9\]", {"input": INPUT[0]}),
-    "input of integers": (TypeError, "input: expected a floating-point", {"input": INPUT.long()}),
-    "input complex": (TypeError, "input: expected a floating-point", {"input": INPUT.to(torch.complex64)}),
+    "input of integers": (TypeError, "input: expected float64, .*, got torch.int64", {"input": INPUT.long()}),
+    "input complex": (TypeError, "input: expected float64", {"input": INPUT.to(torch.complex64)}),
+    "input of 8 bits": (TypeError, "input: expected float64", {"input": INPUT.to(torch.float8_e5m2)}),
+    "input sparse": (TypeError, "input: expected a dense tensor", {"input": INPUT.to_sparse()}),
+    "from_logits a string": (TypeError, "from_logits: expected a bool, got str", {"from_logits": "no"}),
+    "feature without channels": (ValueError, "at least one channel", {"features": {"rgb": RGB[:, :0]}}),
+    "source infinite": (ValueError, "source: .*got inf", {"source": torch.full((2, 8, 9), float("inf"))}),
+    "compatibility complex": (TypeError, "compatibility: .*real", {"compatibility": torch.zeros(3, 3).cfloat()}),
+    "compatibility infinite": (ValueError, "compatibility: expected finite values", {"compatibility": (1 - torch.eye(3)) / 0}),
     "input without classes": (ValueError, "input: expected at least one class", {"input": INPUT[:, :0]}),
     "input without pixels": (ValueError, "input: expected at least one class and one pixel", {"input": INPUT[..., :0]}),
     "features a tensor": (TypeError, "features: expected a mapping", {"features": RGB}),
@@ -121,8 +142,8 @@ WRONG = {
     "source of another size": (ValueError, r"source: expected \[2, 8, 9\]", {"source": torch.ones(2, 16, 18)}),
     "source of 2 dimensions": (ValueError, r"source: expected \[N, H, W\]", {"source": torch.ones(8, 9)}),
     "source not a tensor": (TypeError, "source: expected a tensor", {"source": 1.0}),
-    "source negative": (ValueError, "source: expected values >= 0, got -1.0", {"source": -torch.ones(2, 8, 9)}),
-    "source NaN": (ValueError, "source: expected values >= 0, got nan", {"source": torch.full((2, 8, 9), NAN)}),
+    "source negative": (ValueError, "source: expected finite values >= 0, got -1.0", {"source": -torch.ones(2, 8, 9)}),
+    "source NaN": (ValueError, "source: expected finite values >= 0, got nan", {"source": torch.full((2, 8, 9), NAN)}),
     "source complex": (TypeError, "source: .*complex", {"source": torch.ones(2, 8, 9, dtype=torch.complex64)}),
     "source elsewhere": (ValueError, "source: expected on cpu", {"source": torch.ones(2, 8, 9, device="meta")}),
     "source requires grad": (ValueError, "source: .*detach", {"source": torch.ones(2, 8, 9, requires_grad=True)}),
@@ -152,11 +173,11 @@ WRONG = {
     "unknown reduction": (ValueError, "reduction: expected 'mean', 'sum' or 'none', got 'max'", {"reduction": "max"}),
     "unknown engine": (ValueError, "impl: expected one of .*, got 'cuda'", {"impl": "cuda"}),
 }
-for value in (0, -1.0, NAN, float("inf")):
+for value in (0, -1.0, NAN, float("inf"), 1e-200, 10**400):
     for name in ("weight", "xy", "rgb"):
-        WRONG[f"{name} {value}"] = (
+        WRONG[f"{name} {str(value)[:8]}"] = (
             ValueError,
-            rf"kernels\[0\]\['{name}'\]: expected a positive finite number, got {value}",
+            rf"kernels\[0\]\['{name}'\]: expected a number from 1e-12 to .*, got {value}",
             {"kernels": [{**KERNEL, name: value}]},
         )
 for value in ("6", None, True, (6.0, 6.0)):
@@ -175,12 +196,17 @@ def test_wrong_arguments(error, message, arguments):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"kernels": []}, {"radius": 0}, {"reduction": "max"}, {"impl": "cuda"}],
+    [{"kernels": []}, {"radius": 0}, {"reduction": "max"}, {"impl": "cuda"}, {"compatibility": torch.ones(2, 2)}],
     ids=str,
 )
 def test_the_module_checks_its_settings_at_once(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         GatedCRFLoss(**arguments)
+
+
+def test_a_module_does_not_share_its_kernels():
+    GatedCRFLoss().kernels[0]["rgb"] = 0.5
+    assert GatedCRFLoss().kernels[0]["rgb"] == 0.1
 
 
 def test_constants_may_require_grad_where_nobody_records():

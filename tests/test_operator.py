@@ -1,6 +1,7 @@
 """Promise: PyTorch can compile, trace, autocast, distribute and fake the operator."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from problems import make_problem
 from gcrf_triton import GatedCRFLoss, gated_crf_loss
 from gcrf_triton.op import area_average, pairwise_energy
 
-SETTINGS = ([1.0, 0.3], [6.0, 0.1, 2.0, 0.0], 2)  # weights, sigmas, radius
+SETTINGS = (False, [1.0, 0.3], [6.0, 0.1, 2.0, 0.0], 2)  # symmetric, weights, sigmas, radius
 
 
 def layouts():
@@ -37,13 +38,21 @@ def test_opcheck(layout, compatibility, gates, with_product):
     torch.library.opcheck(pairwise_energy, (p, [rgb], gate, gate, mu, *SETTINGS, with_product))
 
 
+@pytest.mark.parametrize("compatibility", [None, 1 - torch.eye(2)])
+def test_one_gate_leaves_the_other_open(compatibility):
+    p, gate = torch.rand(1, 2, 4, 5), torch.rand(1, 4, 5)
+    rest = (compatibility, False, [1.0], [2.0], 1, True)
+    for gates, both in (((gate, None), (gate, torch.ones(1, 4, 5))), ((None, gate), (torch.ones(1, 4, 5), gate))):
+        torch.testing.assert_close(pairwise_energy(p, [], *gates, *rest), pairwise_energy(p, [], *both, *rest))
+
+
 def test_opcheck_of_the_average():
     torch.library.opcheck(area_average, (torch.rand(2, 3, 17, 9), 5, 4))
 
 
 def test_the_gradient_needs_the_product():
     p = torch.rand(1, 2, 3, 4, requires_grad=True)
-    energy, _ = pairwise_energy(p, [], None, None, None, [1.0], [2.0], 1, False)
+    energy, _ = pairwise_energy(p, [], None, None, None, True, [1.0], [2.0], 1, False)
     with pytest.raises(RuntimeError, match="with_product"):
         energy.backward()
 
@@ -64,6 +73,27 @@ def test_compiles_into_one_graph(backend, dynamic, reduction):
         torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile's default backend needs a C++ compiler")
+def test_compiles_with_the_default_backend():
+    torch._dynamo.reset()
+    compiled = torch.compile(gated_crf_loss, fullgraph=True, dynamic=True)
+    for height, width in ((12, 9), (7, 15)):
+        logits, image = torch.randn(2, 4, height, width, requires_grad=True), torch.rand(2, 3, 2 * height, 3 * width)
+        results = [loss(logits, {"rgb": image}, from_logits=True) for loss in (compiled, gated_crf_loss)]
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*(torch.autograd.grad(result, logits)[0] for result in results))
+
+
+def test_compiled_autograd():
+    torch._dynamo.reset()
+    problem = make_problem((1, 3, 9, 8))
+    x = problem.probabilities.requires_grad_()
+    (expected,) = torch.autograd.grad(problem.loss(), x)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        problem.loss().backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
     problem = make_problem((2, 3, 9, 8), gates="s", compatibility=True, dtype=torch.float32)
@@ -73,7 +103,7 @@ def test_autocast(dtype):
         problem.probabilities = logits
         loss = problem.loss(from_logits=True)
         energies = problem.loss(from_logits=True, reduction="none")
-        operator_energy, _ = pairwise_energy(logits, [], None, None, None, [1.0], [2.0], 1, True)
+        operator_energy, _ = pairwise_energy(logits, [], None, None, None, True, [1.0], [2.0], 1, True)
     loss.backward()
     assert logits.dtype == dtype and network.weight.grad.isfinite().all()
     problem.probabilities = logits.detach().double()
@@ -103,7 +133,7 @@ def test_more_than_two_to_the_31_elements_without_memory():
 
 def test_the_operator_is_registered_under_its_name():
     p = torch.rand(1, 2, 4, 4)
-    energy, product = torch.ops.gcrf_triton.pairwise_energy(p, [], None, None, None, [1.0], [2.0], 1, True)
+    energy, product = torch.ops.gcrf_triton.pairwise_energy(p, [], None, None, None, True, [1.0], [2.0], 1, True)
     assert energy > 0 and product.shape == p.shape
 
 

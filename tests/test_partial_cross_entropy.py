@@ -38,6 +38,16 @@ def test_gradients():
     assert torch.autograd.gradcheck(lambda z: partial_cross_entropy(z, labels), logits.requires_grad_())
 
 
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_is_under_no_label_never_leaks(poison):
+    logits, labels = problem()
+    expected = partial_cross_entropy(logits, labels)
+    logits = logits.masked_fill((labels == 255)[:, None], poison).requires_grad_()
+    loss = partial_cross_entropy(logits, labels)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert torch.equal(loss, expected) and gradient.isfinite().all()
+
+
 def test_another_ignore_index():
     logits, labels = problem()
     expected = partial_cross_entropy(logits, labels)
@@ -66,7 +76,7 @@ def test_compiles_into_one_graph():
     "error, message, change",
     [
         (TypeError, "logits: expected a tensor", {"logits": [1.0]}),
-        (TypeError, "logits: expected a floating-point", {"logits": torch.zeros(2, 4, 6, 7, dtype=torch.long)}),
+        (TypeError, "logits: expected float64", {"logits": torch.zeros(2, 4, 6, 7, dtype=torch.long)}),
         (ValueError, r"logits: expected \[N, C, H, W\]", {"logits": torch.zeros(4, 6, 7)}),
         (TypeError, "labels: expected a tensor", {"labels": None}),
         (TypeError, "labels: expected an integer", {"labels": torch.zeros(2, 6, 7)}),
@@ -77,6 +87,10 @@ def test_compiles_into_one_graph():
         (ValueError, r"labels: .*got \[-1\]", {"labels": torch.full((2, 6, 7), -1)}),
         (ValueError, "labels: expected on cpu", {"labels": torch.zeros(2, 6, 7, dtype=torch.long, device="meta")}),
         (ValueError, r"weight: expected \[4\]", {"weight": torch.ones(3)}),
+        (ValueError, "weight: expected finite values >= 0, got -1.0", {"weight": -torch.ones(4)}),
+        (ValueError, "weight: .*detach", {"weight": torch.ones(4, requires_grad=True)}),
+        (TypeError, "ignore_index: expected an int, got float", {"ignore_index": 255.0}),
+        (TypeError, "ignore_index: expected an int, got NoneType", {"ignore_index": None}),
         (TypeError, "weight: expected a tensor", {"weight": [1, 1, 1, 1]}),
     ],
 )

@@ -34,6 +34,17 @@ def test_bits_do_not_depend_on_the_number_of_threads(many_threads, inference):
         assert torch.equal(value, results[0][0]) and torch.equal(other, results[0][1])
 
 
+@pytest.mark.parametrize("gates", ["s", "d"])
+def test_bits_of_large_inputs(gates):
+    problem = make_problem((1, 2, 300, 300), radius=1, gates=gates, dtype=torch.float32)
+    before, losses = torch.get_num_threads(), []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        losses.append(problem.loss())
+    torch.set_num_threads(before)
+    assert all(torch.equal(loss, losses[0]) for loss in losses)
+
+
 def test_callers_in_several_threads(many_threads):
     torch.set_num_threads(2)
     problems = [make_problem((1, 3, 20 + k, 30), seed=k) for k in range(6)]
