@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -67,7 +66,7 @@ def pairwise_energy(
         radius=radius,
         threads=torch.get_num_threads(),
     )
-    with torch_engine.serial_operations(input.device):
+    with torch_engine.limit_threads(input.device):
         p = input.to(accumulation_dtype(input.dtype))
         if compatibility is not None and not symmetric:
             energy, product = _any_matrix(apply, p, source, destination, compatibility)
@@ -120,8 +119,7 @@ def _backward(ctx, grad_energy, grad_product):
     product, source, destination, compatibility, *features = ctx.saved_tensors
     grad = None
     if grad_energy is not None:
-        with nullcontext() if torch.compiler.is_compiling() else torch_engine.serial_operations(product.device):
-            grad = -2 * grad_energy * product
+        grad = -2 * grad_energy * product
     if grad_product is not None:
         _, again = pairwise_energy(grad_product, features, source, destination, compatibility, *ctx.settings, True)
         grad = again if grad is None else grad + again

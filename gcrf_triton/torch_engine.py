@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 HALF_LOG2_E = 0.5 * math.log2(math.e)  # exp(-x / 2) = exp2(-HALF_LOG2_E x)
-CPU_TILE = 8192  # pixels: the operands of a tile stay in a core's cache
-DEVICE_TILE = 65536
-BLOCKS = 16
+TILE_VALUES = 360_000  # of a tile: they stay in cache, and an operation on them outlasts its own start
+SMALLEST_TILE, LARGEST_TILE = 2048, 32768  # pixels
+STEPS_ALONE = 3
 OFFSETS = 11  # at a time, so that memory does not grow with the window
-VALUES_PER_THREAD = 1 << 20  # a thread that is given less costs more than it saves
 
 
 def apply_pairwise(
@@ -45,7 +43,7 @@ def apply_pairwise(
         sigmas: a row of 1 + len(features) a kernel, flattened, xy (in pixels) first; 0 where a kernel has no such term.
         radius: half width of the window in pixels.
         both_ends: False counts each pair at one of its ends only: half the work, and enough for a sum over all pairs.
-        threads: how many may share the work on the CPU, where there is enough of it.
+        threads: how many an operation may use on the CPU, where that helps.
 
     Returns:
         [N, V, H, W]. The order of summation depends on the shapes alone, so results repeat bit by bit.
@@ -59,13 +57,14 @@ def apply_pairwise(
     # turn an offset (dy, dx) into one shift for the whole batch, and give what lies outside an image the value 0.
     padded = (batch, height + reach_y, width + reach_x)
     pixels = math.prod(padded)
-    farthest = reach_y * padded[2] + reach_x
-    on_cpu = like.device.type == "cpu"
-    blocks = _blocks(pixels, farthest, CPU_TILE if on_cpu else DEVICE_TILE)
+    rows = sum(column.shape[1] for column in columns)
+    tiles = max(1, round(pixels / min(max(TILE_VALUES // rows, SMALLEST_TILE), LARGEST_TILE)))
+    tile = -(-pixels // tiles)
+    flat_pixels = tiles * tile + reach_y * padded[2] + reach_x  # as far as a shift reaches
 
     def flatten(tensors: Sequence[Tensor]) -> Tensor:
         rows = [tensor.shape[1] for tensor in tensors]
-        flat = like.new_zeros(sum(rows), blocks[-1].stop + farthest)
+        flat = like.new_zeros(sum(rows), flat_pixels)
         images = flat[:, :pixels].view(sum(rows), *padded)[:, :, :height, :width]
         for target, tensor in zip(images.split(rows), tensors, strict=True):
             target.copy_(tensor.transpose(0, 1))
@@ -73,19 +72,22 @@ def apply_pairwise(
 
     values = flatten(columns)
     sums = torch.zeros_like(values)
-    accumulate = functools.partial(
-        _accumulate_blocks,
-        values,
-        sums,
-        flatten(features),
-        flatten([source[:, None], 0.5 * destination[:, None]])
-        if source is not None and destination is not None
-        else None,
-        list(_offset_rows(reach_y, reach_x, padded[2], weights, sigmas[:: 1 + len(features)], like)),
-        _coefficients([feature.shape[1] for feature in features], sigmas, len(weights)),
-        both_ends,
-    )
-    _run(accumulate, blocks, min(threads, values.numel() // VALUES_PER_THREAD) if on_cpu else 1)
+    gates = None
+    if source is not None and destination is not None:
+        gates = flatten([source[:, None], 0.5 * destination[:, None]])
+    pace = _Pace(like.device, threads)
+    with pace.team:
+        _accumulate(
+            values,
+            sums,
+            flatten(features),
+            gates,
+            list(_offset_rows(reach_y, reach_x, padded[2], weights, sigmas[:: 1 + len(features)], like)),
+            _coefficients([feature.shape[1] for feature in features], sigmas, len(weights)),
+            both_ends,
+            [slice(start, start + tile) for start in range(0, tiles * tile, tile)],
+            pace,
+        )
     return sums[:, :pixels].view(-1, *padded)[:, :, :height, :width].transpose(0, 1)
 
 
@@ -94,24 +96,46 @@ def _openmp() -> ThreadpoolController:
     return ThreadpoolController().select(user_api="openmp")
 
 
-def serial_operations(device: torch.device) -> AbstractContextManager:
-    """Context in which the calling thread's operations on the CPU do not start other threads."""
-    # An operation on a tile takes microseconds. Waking an OpenMP team for each costs more, a hundredfold when
-    # another process wants the cores. The limit is OpenMP's own of the calling thread: no other thread ever sees it.
+def limit_threads(device: torch.device, threads: int = 1) -> AbstractContextManager:
+    """Context in which the calling thread's operations on the CPU use so many threads; no other thread sees it."""
     if device.type != "cpu":
         return nullcontext()
-    torch.get_num_threads()  # PyTorch sets a new thread's limit on its first use: before ours, not after
-    return _openmp().limit(limits=1)
+    torch.get_num_threads()  # PyTorch sets a new thread's own limit on its first use: before ours, not after
+    return _openmp().limit(limits=threads)
 
 
-def _blocks(pixels: int, farthest: int, tile: int) -> list[range]:
-    # A block is a run of equal tiles. It adds to itself and to the next `farthest` pixels; with blocks at least that
-    # long no two even blocks touch the same pixel, nor two odd ones, so each half can run in parallel.
-    count = max(1, min(pixels // max(farthest, tile), BLOCKS))
-    length = -(-pixels // count)
-    tiles = max(1, round(length / tile))
-    tile = -(-length // tiles)
-    return [range(start, start + tiles * tile, tile) for start in range(0, pixels, tiles * tile)]
+class _Pace:
+    """Lets a loop of short operations use several threads for as long as that is faster.
+
+    A team of threads that have nothing else to do makes them faster. But when another process wants the cores, each of
+    the hundreds of operations waits for a thread that does not get to run, and one thread alone is a hundred times
+    faster. So one thread sets the pace, the team is tried against it, and sent away for good when it falls behind.
+    Who computes an element makes no difference to it.
+    """
+
+    def __init__(self, device: torch.device, threads: int) -> None:
+        self.device, self.threads = device, threads if device.type == "cpu" else 1
+        self.alone, self.steps, self.late = math.inf, 0, 0
+        self.team = ExitStack()
+
+    def step(self, seconds: float) -> None:
+        """Note how long one step of the loop took, and decide who takes the next."""
+        if self.threads < 2:
+            return
+        self.steps += 1
+        if self.steps <= STEPS_ALONE:
+            self.alone = min(self.alone, seconds)
+            if self.steps == STEPS_ALONE:
+                self.team.enter_context(limit_threads(self.device, self.threads))
+        elif seconds > self.alone:
+            self.late += 2 if seconds > 4 * self.alone else 1
+            if self.late > 1 + self.steps // 8:
+                self.dismiss()
+
+    def dismiss(self) -> None:
+        """Go on with one thread."""
+        self.threads = 1
+        self.team.close()
 
 
 def _offset_rows(
@@ -137,7 +161,7 @@ def _coefficients(channels: Sequence[int], sigmas: Sequence[float], kernels: int
     return [[factor for factor, count in zip(row, channels, strict=True) for _ in range(count)] for row in table]
 
 
-def _accumulate_blocks(
+def _accumulate(
     values: Tensor,
     sums: Tensor,
     features: Tensor,
@@ -145,25 +169,27 @@ def _accumulate_blocks(
     offset_rows: list[tuple[int, Tensor]],
     coefficients: list[list[float]],
     both_ends: bool,
-    blocks: Sequence[range],
+    tiles: list[slice],
+    pace: _Pace,
 ) -> None:
-    tile, most = blocks[0].step, max((len(log2_kernel[0]) for _, log2_kernel in offset_rows), default=0)
+    tile, most = tiles[0].stop, max((len(log2_kernel[0]) for _, log2_kernel in offset_rows), default=0)
     buffers = values.new_empty(len(coefficients) + 1, most, tile)
-    for start in itertools.chain.from_iterable(blocks):
-        own = slice(start, start + tile)
+    for own in tiles:
         own_values, own_sums = values[:, own], sums[:, own]
         for shift, log2_kernel in offset_rows:
             n = log2_kernel.shape[1]
-            other = functools.partial(_shifted, first=start + shift, count=n, length=tile)
+            other = functools.partial(_shifted, first=own.start + shift, count=n, length=tile)
             kernel = _kernel(features, own, other, log2_kernel, coefficients, buffers[:, :n])
             if gates is not None:
                 (source, destination), (own_source, own_destination) = other(gates).unbind(1), gates[:, own]
                 gate = torch.mul(source, own_destination, out=buffers[-1, :n])
                 kernel.mul_(gate.addcmul_(destination, own_source))
             for weight, other_values, other_sums in zip(kernel, other(values), other(sums), strict=True):
+                start = time.perf_counter()
                 own_sums.addcmul_(weight, other_values)
                 if both_ends:
                     other_sums.addcmul_(weight, own_values)
+                pace.step(time.perf_counter() - start)
 
 
 def _shifted(rows: Tensor, first: int, count: int, length: int) -> Tensor:
@@ -193,20 +219,3 @@ def _kernel(
     for term in per_pixel + constant:
         kernel.add_(term)
     return kernel
-
-
-def _run(accumulate: Callable[[Sequence[range]], None], blocks: list[range], threads: int) -> None:
-    halves = [half for half in (blocks[::2], blocks[1::2]) if half]
-    if threads < 2:
-        for half in halves:
-            accumulate(half)
-        return
-
-    def work(share: Sequence[range]) -> None:
-        with torch.inference_mode(), serial_operations(torch.device("cpu")):
-            accumulate(share)
-
-    with ThreadPoolExecutor(threads) as pool:
-        for half in halves:
-            for _ in pool.map(work, [half[i::threads] for i in range(min(threads, len(half)))]):
-                pass

@@ -104,7 +104,11 @@ WRONG = {
     "feature without channels": (ValueError, "at least one channel", {"features": {"rgb": RGB[:, :0]}}),
     "source infinite": (ValueError, "source: .*got inf", {"source": torch.full((2, 8, 9), float("inf"))}),
     "compatibility complex": (TypeError, "compatibility: .*real", {"compatibility": torch.zeros(3, 3).cfloat()}),
-    "compatibility infinite": (ValueError, "compatibility: expected finite values", {"compatibility": (1 - torch.eye(3)) / 0}),
+    "compatibility infinite": (
+        ValueError,
+        "compatibility: expected finite values",
+        {"compatibility": (1 - torch.eye(3)) / 0},
+    ),
     "input without classes": (ValueError, "input: expected at least one class", {"input": INPUT[:, :0]}),
     "input without pixels": (ValueError, "input: expected at least one class and one pixel", {"input": INPUT[..., :0]}),
     "features a tensor": (TypeError, "features: expected a mapping", {"features": RGB}),

@@ -11,38 +11,40 @@ from gcrf_triton import torch_engine
 
 
 @pytest.fixture
-def many_threads(monkeypatch):
-    monkeypatch.setattr(torch_engine, "VALUES_PER_THREAD", 1)
-    monkeypatch.setattr(torch_engine, "CPU_TILE", 64)
+def many_threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("inference", [False, True])
-def test_bits_do_not_depend_on_the_number_of_threads(many_threads, inference):
-    problem = make_problem((2, 3, 40, 30), gates="s", dtype=torch.float32)
+@pytest.mark.parametrize("gates", ["", "s", "d"])
+def test_bits_do_not_depend_on_the_number_of_threads(many_threads, gates):
+    problem = make_problem((1, 5, 300, 300), radius=2, gates=gates, dtype=torch.float32)  # more than one thread's grain
     results = []
     for threads in (1, 2, 5, 2):
         torch.set_num_threads(threads)
-        if inference:
-            with torch.inference_mode():
-                results.append((problem.loss(), problem.loss(reduction="none")))
-        else:
-            results.append(value_and_gradient(problem, lambda p: p.loss()))
-    for value, other in results[1:]:
-        assert torch.equal(value, results[0][0]) and torch.equal(other, results[0][1])
+        results.append((*value_and_gradient(problem, lambda p: p.loss()), problem.loss(reduction="none")))
+    for result in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(result, results[0], strict=True))
 
 
-@pytest.mark.parametrize("gates", ["s", "d"])
-def test_bits_of_large_inputs(gates):
-    problem = make_problem((1, 2, 300, 300), radius=1, gates=gates, dtype=torch.float32)
-    before, losses = torch.get_num_threads(), []
-    for threads in (1, 2, 3, 8):
-        torch.set_num_threads(threads)
-        losses.append(problem.loss())
-    torch.set_num_threads(before)
-    assert all(torch.equal(loss, losses[0]) for loss in losses)
+def test_a_team_works_until_it_falls_behind():
+    def pace_after(*milliseconds):
+        pace = torch_engine._Pace(torch.device("cpu"), 2)
+        with torch_engine.limit_threads(torch.device("cpu")), pace.team:
+            sizes = []
+            for step in milliseconds:
+                pace.step(step / 1000)
+                sizes.append(torch.get_num_threads())
+        return sizes
+
+    before = torch.get_num_threads()
+    assert pace_after(5, 3, 4) == [1, 1, 2]
+    assert pace_after(5, 3, 4, 2, 2, 2, 2) == [1, 1, 2, 2, 2, 2, 2]
+    assert pace_after(5, 3, 4, 2, 9, 2, 2) == [1, 1, 2, 2, 2, 2, 2]  # once is no reason
+    assert pace_after(5, 3, 4, 2, 4, 5, 1) == [1, 1, 2, 2, 2, 1, 1]
+    assert pace_after(5, 3, 4, 99, 1) == [1, 1, 2, 1, 1]
+    assert torch.get_num_threads() == before
 
 
 def test_callers_in_several_threads(many_threads):
@@ -94,7 +96,7 @@ def test_settings_are_restored_after_an_error(monkeypatch):
         raise RuntimeError("stopped")
 
     before = torch.get_num_threads()
-    monkeypatch.setattr(torch_engine, "_accumulate_blocks", fail)
+    monkeypatch.setattr(torch_engine, "_kernel", fail)
     with pytest.raises(RuntimeError, match="stopped"):
         make_problem((1, 3, 6, 6)).loss()
     assert torch.get_num_threads() == before
