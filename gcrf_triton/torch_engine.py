@@ -59,8 +59,8 @@ def apply_pairwise(
     pixels = math.prod(padded)
     rows = sum(column.shape[1] for column in columns)
     tiles = max(1, round(pixels / min(max(TILE_VALUES // rows, SMALLEST_TILE), LARGEST_TILE)))
-    tile = -(-pixels // tiles)
-    flat_pixels = tiles * tile + reach_y * padded[2] + reach_x  # as far as a shift reaches
+    tile = _aligned(-(-pixels // tiles))
+    flat_pixels = _aligned(tiles * tile + reach_y * padded[2] + reach_x)  # as far as a shift reaches
 
     def flatten(tensors: Sequence[Tensor]) -> Tensor:
         rows = [tensor.shape[1] for tensor in tensors]
@@ -89,6 +89,11 @@ def apply_pairwise(
             pace,
         )
     return sums[:, :pixels].view(-1, *padded)[:, :, :height, :width].transpose(0, 1)
+
+
+def _aligned(pixels: int) -> int:
+    # rows that start on a cache line
+    return -(-pixels // 16) * 16
 
 
 @functools.cache
@@ -129,7 +134,7 @@ class _Pace:
                 self.team.enter_context(limit_threads(self.device, self.threads))
         elif seconds > self.alone:
             self.late += 2 if seconds > 4 * self.alone else 1
-            if self.late > 1 + self.steps // 8:
+            if self.late > 2 + self.steps // 8:
                 self.dismiss()
 
     def dismiss(self) -> None:

@@ -42,8 +42,9 @@ def test_a_team_works_until_it_falls_behind():
     assert pace_after(5, 3, 4) == [1, 1, 2]
     assert pace_after(5, 3, 4, 2, 2, 2, 2) == [1, 1, 2, 2, 2, 2, 2]
     assert pace_after(5, 3, 4, 2, 9, 2, 2) == [1, 1, 2, 2, 2, 2, 2]  # once is no reason
-    assert pace_after(5, 3, 4, 2, 4, 5, 1) == [1, 1, 2, 2, 2, 1, 1]
-    assert pace_after(5, 3, 4, 99, 1) == [1, 1, 2, 1, 1]
+    assert pace_after(5, 3, 4, 4, 4, 2, 1) == [1, 1, 2, 2, 2, 2, 2]
+    assert pace_after(5, 3, 4, 4, 4, 5, 1) == [1, 1, 2, 2, 2, 1, 1]
+    assert pace_after(5, 3, 4, 99, 99, 1) == [1, 1, 2, 2, 1, 1]
     assert torch.get_num_threads() == before
 
 
