@@ -15,7 +15,10 @@ from torch import Tensor
 HALF_LOG2_E = 0.5 * math.log2(math.e)  # exp(-x / 2) = exp2(-HALF_LOG2_E x)
 TILE_VALUES = 360_000  # of a tile: they stay in cache, and an operation on them outlasts its own start
 SMALLEST_TILE, LARGEST_TILE = 2048, 32768  # pixels
-STEPS_ALONE = 3
+VECTORS = 32  # elements of a step of PyTorch's vectorised loops, at the most
+GRAIN = 32768  # elements below which PyTorch gives a thread no share
+LARGEST_TEAM = 32
+STEPS_ALONE = 3  # operations
 OFFSETS = 11  # at a time, so that memory does not grow with the window
 
 
@@ -59,8 +62,9 @@ def apply_pairwise(
     pixels = math.prod(padded)
     rows = sum(column.shape[1] for column in columns)
     tiles = max(1, round(pixels / min(max(TILE_VALUES // rows, SMALLEST_TILE), LARGEST_TILE)))
-    tile = _aligned(-(-pixels // tiles))
-    flat_pixels = _aligned(tiles * tile + reach_y * padded[2] + reach_x)  # as far as a shift reaches
+    # Whole vectors for every thread of a team: an operation rounds its vectors and what is left over differently.
+    tile = _aligned(-(-pixels // tiles), VECTORS * (LARGEST_TEAM if rows * pixels > 2 * GRAIN else 1))
+    flat_pixels = _aligned(tiles * tile + reach_y * padded[2] + reach_x, VECTORS)  # as far as a shift reaches
 
     def flatten(tensors: Sequence[Tensor]) -> Tensor:
         rows = [tensor.shape[1] for tensor in tensors]
@@ -75,25 +79,22 @@ def apply_pairwise(
     gates = None
     if source is not None and destination is not None:
         gates = flatten([source[:, None], 0.5 * destination[:, None]])
-    pace = _Pace(like.device, threads)
-    with pace.team:
-        _accumulate(
-            values,
-            sums,
-            flatten(features),
-            gates,
-            list(_offset_rows(reach_y, reach_x, padded[2], weights, sigmas[:: 1 + len(features)], like)),
-            _coefficients([feature.shape[1] for feature in features], sigmas, len(weights)),
-            both_ends,
-            [slice(start, start + tile) for start in range(0, tiles * tile, tile)],
-            pace,
-        )
+    _accumulate(
+        values,
+        sums,
+        flatten(features),
+        gates,
+        list(_offset_rows(reach_y, reach_x, padded[2], weights, sigmas[:: 1 + len(features)], like)),
+        _coefficients([feature.shape[1] for feature in features], sigmas, len(weights)),
+        both_ends,
+        [slice(start, start + tile) for start in range(0, tiles * tile, tile)],
+        _Pace(like.device, threads),
+    )
     return sums[:, :pixels].view(-1, *padded)[:, :, :height, :width].transpose(0, 1)
 
 
-def _aligned(pixels: int) -> int:
-    # rows that start on a cache line
-    return -(-pixels // 16) * 16
+def _aligned(pixels: int, unit: int) -> int:
+    return -(-pixels // unit) * unit
 
 
 @functools.cache
@@ -115,7 +116,6 @@ class _Pace:
     A team of threads that have nothing else to do makes them faster. But when another process wants the cores, each of
     the hundreds of operations waits for a thread that does not get to run, and one thread alone is a hundred times
     faster. So one thread sets the pace, the team is tried against it, and sent away for good when it falls behind.
-    Who computes an element makes no difference to it.
     """
 
     def __init__(self, device: torch.device, threads: int) -> None:
@@ -123,24 +123,30 @@ class _Pace:
         self.alone, self.steps, self.late = math.inf, 0, 0
         self.team = ExitStack()
 
+    def lead(self, elements: int) -> ExitStack:
+        """Context of operations on at least so many elements."""
+        # A power of two, and never more than PyTorch gives a share: these divide a tile into whole vectors.
+        self.share = 1 << max(min(self.threads, LARGEST_TEAM, elements // GRAIN), 1).bit_length() - 1
+        if self.steps >= STEPS_ALONE:
+            self._call_team()
+        return self.team
+
     def step(self, seconds: float) -> None:
-        """Note how long one step of the loop took, and decide who takes the next."""
-        if self.threads < 2:
-            return
+        """Note how long an operation took, and decide who takes the next."""
         self.steps += 1
         if self.steps <= STEPS_ALONE:
             self.alone = min(self.alone, seconds)
             if self.steps == STEPS_ALONE:
-                self.team.enter_context(limit_threads(self.device, self.threads))
-        elif seconds > self.alone:
-            self.late += 2 if seconds > 4 * self.alone else 1
+                self._call_team()
+        elif seconds > self.alone and self.threads > 1:
+            self.late += 3 if seconds > 4 * self.alone else 1
             if self.late > 2 + self.steps // 8:
-                self.dismiss()
+                self.threads = 1
+                self.team.close()
 
-    def dismiss(self) -> None:
-        """Go on with one thread."""
-        self.threads = 1
-        self.team.close()
+    def _call_team(self) -> None:
+        if self.threads > 1 and self.share > 1:
+            self.team.enter_context(limit_threads(self.device, self.share))
 
 
 def _offset_rows(
@@ -184,17 +190,18 @@ def _accumulate(
         for shift, log2_kernel in offset_rows:
             n = log2_kernel.shape[1]
             other = functools.partial(_shifted, first=own.start + shift, count=n, length=tile)
-            kernel = _kernel(features, own, other, log2_kernel, coefficients, buffers[:, :n])
-            if gates is not None:
-                (source, destination), (own_source, own_destination) = other(gates).unbind(1), gates[:, own]
-                gate = torch.mul(source, own_destination, out=buffers[-1, :n])
-                kernel.mul_(gate.addcmul_(destination, own_source))
-            for weight, other_values, other_sums in zip(kernel, other(values), other(sums), strict=True):
-                start = time.perf_counter()
-                own_sums.addcmul_(weight, other_values)
-                if both_ends:
-                    other_sums.addcmul_(weight, own_values)
-                pace.step(time.perf_counter() - start)
+            with pace.lead(min(n, len(values)) * tile):
+                kernel = _kernel(features, own, other, log2_kernel, coefficients, buffers[:, :n])
+                if gates is not None:
+                    (source, destination), (own_source, own_destination) = other(gates).unbind(1), gates[:, own]
+                    gate = torch.mul(source, own_destination, out=buffers[-1, :n])
+                    kernel.mul_(gate.addcmul_(destination, own_source))
+                for weight, other_values, other_sums in zip(kernel, other(values), other(sums), strict=True):
+                    start = time.perf_counter()
+                    own_sums.addcmul_(weight, other_values)
+                    pace.step(time.perf_counter() - start)
+                    if both_ends:
+                        other_sums.addcmul_(weight, own_values)
 
 
 def _shifted(rows: Tensor, first: int, count: int, length: int) -> Tensor:
