@@ -1,8 +1,9 @@
 """Time and memory of the loss, forward and backward, beside the unfolded code it replaces.
 
 `python -m bench.run` measures every case and appends rows to bench/results/cpu.csv; `--contended` does so while another
-process keeps an OpenMP job on every core. Implementations run interleaved in one process, and ratios are taken pair by
-pair, since the speed of a shared machine drifts. Peak memory is the growth of a fresh process.
+process keeps an OpenMP job on every core. Implementations take turns in one process, each with one step untimed and one
+timed, and ratios are taken turn by turn, since the speed of a shared machine drifts. Peak memory is the growth of a
+fresh process.
 """
 
 from __future__ import annotations
@@ -104,17 +105,12 @@ def measure_memory(name: str, shape: tuple[int, int, int, int]) -> int:
     status = Path("/proc/self/status")
     if not status.exists():
         raise SystemExit("bench.run: peak memory is read from /proc, which this system does not have: use --no-memory")
-    return_freed_memory()  # freed pages that stay resident would hide new ones
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # freed pages that stay resident would hide new ones
     before = _status_bytes(status, "VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     step(run, *inputs)
     return _status_bytes(status, "VmHWM") - before
-
-
-def return_freed_memory() -> None:
-    """Give the system back what has been freed, where the C library can: else the next one to free pays for it."""
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def _status_bytes(status: Path, field: str) -> int:
@@ -134,7 +130,7 @@ def measure(shape: tuple[int, int, int, int], repeats: int, memory: bool, progre
     found = {name: step(run, *inputs) for name, run in runs.items()}  # warm-up
     for _ in range(repeats):
         for name, run in runs.items():
-            return_freed_memory()
+            step(run, *inputs)  # so that nobody pays for what the one before left behind
             start = time.perf_counter()
             step(run, *inputs)
             times[name].append(time.perf_counter() - start)
