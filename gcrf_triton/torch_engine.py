@@ -114,8 +114,8 @@ class _Pace:
     """Lets a loop of short operations use several threads for as long as that is faster.
 
     A team of threads that have nothing else to do makes them faster. But when another process wants the cores, each of
-    the hundreds of operations waits for a thread that does not get to run, and one thread alone is a hundred times
-    faster. So one thread sets the pace, the team is tried against it, and sent away for good when it falls behind.
+    the hundreds of operations waits for a thread that does not get to run, and one thread alone is much faster. So one
+    thread sets the pace, the team is tried against it, and sent away for good when it falls behind.
     """
 
     def __init__(self, device: torch.device, threads: int) -> None:
