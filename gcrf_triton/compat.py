@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .loss import check_prediction, check_tensor, gated_crf_loss, parse_kernels
+from .loss import check_prediction, check_tensor, gated_crf_loss, ordered_sum, parse_kernels
 from .op import accumulation_dtype
 
 Downsampler = Callable[[Tensor, tuple[int, int]], Tensor]
@@ -100,11 +100,14 @@ class ModelLossSemsegGatedCRF(torch.nn.Module):
                 compatibility=compatibility,
             )
 
+        constant = source is None and compatibility is None
+        if not constant and not out_kernels_vis:
+            return {"loss": loss}
         for gate in gates:
             if gate is not None:  # what is not finite under it left the loss, and is drawn as 0
                 features = {name: image.where(image.isfinite() | (gate > 0), 0.0) for name, image in features.items()}
         described = [_scaled_features(kernel, features, y_hat_softmax) for kernel in kernels_desc]
-        if source is None and compatibility is None:
+        if constant:
             loss = loss + _border_constant(described, weights, kernels_radius, destination)
         if not out_kernels_vis:
             return {"loss": loss}
@@ -160,8 +163,8 @@ def _border_constant(
         weight * (-0.5 * feature.square().sum(1, keepdim=True)).exp()
         for weight, feature in zip(weights, described, strict=True)
     )
-    total = (gate * torch.as_tensor(similarity)).where(gate > 0, 0.0).sum()
-    return total / (max(gate.numel(), 1) if destination is None else destination.sum().clamp(min=1))
+    total = ordered_sum((gate * torch.as_tensor(similarity)).where(gate > 0, 0.0)[:, 0])
+    return total / (max(gate.numel(), 1) if destination is None else ordered_sum(destination[:, 0]).clamp(min=1))
 
 
 def _positions_inside(length: int, radius: int, device: torch.device) -> Tensor:

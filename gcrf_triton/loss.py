@@ -198,8 +198,8 @@ def partial_cross_entropy(
     seen = logits.masked_fill(~labelled[:, None], 0)  # whatever is under no label stays there
     errors = -torch.log_softmax(seen, dim=1, dtype=dtype).gather(1, labels[:, None])[:, 0]  # [N, H, W]
     mass = labelled.to(dtype) if weight is None else weight.to(dtype)[labels] * labelled
-    total = mass.sum(2).sum(1).sum()
-    return (errors * mass).sum(2).sum(1).sum() / total.where(total > 0, 1.0)
+    total = ordered_sum(mass)
+    return ordered_sum(errors * mass) / total.where(total > 0, 1.0)
 
 
 def _energies(
@@ -248,9 +248,12 @@ def _hide_closed(
 
 def _denominator(source: Tensor | None, destination: Tensor | None, input: Tensor) -> Tensor | int:
     gate = source if destination is None else destination
-    if gate is None:
-        return max(input[:, 0].numel(), 1)
-    return gate.sum(2).sum(1).sum().clamp(min=1)  # dimension by dimension: the same bits on any number of threads
+    return max(input[:, 0].numel(), 1) if gate is None else ordered_sum(gate).clamp(min=1)
+
+
+def ordered_sum(values: Tensor) -> Tensor:
+    """Sum [N, H, W] dimension by dimension: the same bits on any number of threads."""
+    return values.sum(2).sum(1).sum()
 
 
 def _check_settings(
@@ -360,7 +363,7 @@ def check_prediction(name: str, prediction: Tensor) -> None:
 
 def _check_values(name: str, tensor: Tensor) -> None:
     # finite and not negative
-    if _readable(tensor) and not (wrong := ~((tensor >= 0) & tensor.isfinite())).logical_not().all():
+    if _readable(tensor) and (wrong := ~((tensor >= 0) & tensor.isfinite())).any():
         raise ValueError(f"{name}: expected finite values >= 0, got {tensor[wrong][0].item()}")
 
 

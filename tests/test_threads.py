@@ -35,6 +35,13 @@ def test_bits_do_not_depend_on_the_number_of_threads(many_threads, monkeypatch, 
         assert all(torch.equal(*pair) for pair in zip(result, results[0], strict=True))
 
 
+def test_logits_repeat_on_one_number_of_threads(many_threads):
+    problem = make_problem((1, 5, 300, 290), radius=2, gates="s", dtype=torch.float32)
+    torch.set_num_threads(3)
+    first, second = (value_and_gradient(problem, lambda p: p.loss(from_logits=True)) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
 def test_a_team_works_until_it_falls_behind():
     def pace_after(*milliseconds):
         pace = torch_engine._Pace(torch.device("cpu"), 2)
