@@ -1,32 +1,145 @@
-"""`python -m gcrf_triton`: what is installed, and what `impl="auto"` does with it."""
+"""`python -m gcrf_triton`: what is installed, and what `impl="auto"` does with it; `... tune`: configurations."""
 
+from __future__ import annotations
+
+import argparse
 import importlib.metadata
+import json
 import platform
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
-from . import __version__
+from . import __version__, tuning
+from .loss import KERNELS, gated_crf_loss, parse_kernels
 from .op import select_engine
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-def main() -> None:
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m gcrf_triton", description="What is installed, and what it does.")
+    commands = parser.add_subparsers(dest="command")
+    tune = commands.add_parser("tune", help="find the fastest configuration of the Triton engine for a problem")
+    tune.add_argument("--shape", type=int, nargs=4, default=[1, 21, 512, 512], metavar=("N", "C", "H", "W"))
+    tune.add_argument("--dtype", default="float32", choices=DTYPES)
+    tune.add_argument("--radius", type=int, default=5)
+    tune.add_argument("--kernels", type=json.loads, default=KERNELS, help="as JSON; default: the loss's")
+    tune.add_argument(
+        "--channels", type=int, nargs="+", default=[3], help="of each modality the kernels name, in order"
+    )
+    tune.add_argument("--gates", action="store_true", help="with a source and a destination gate")
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        describe()
+        return
+    try:
+        find_configuration(
+            options.shape, DTYPES[options.dtype], options.radius, options.kernels, options.channels, options.gates
+        )
+    except (TypeError, ValueError) as error:
+        tune.error(str(error))
+
+
+def describe() -> None:
+    """Print versions, the device, the engine and where configurations come from."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = "not installed"
+    folder = tuning.cache_folder()
+    shipped = sorted(path.stem for path in tuning.shipped_file("any").parent.glob("*.json"))
     rows = {
         "gcrf_triton": __version__,
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": torch.__version__,
         "triton": triton,
         "device": f"cpu, {torch.get_num_threads()} threads" if device is None else str(device),
-        "impl='auto'": select_engine("auto"),
-        "configurations": "none: this engine needs no tuning",
-        "cache": "none",
+        "impl='auto'": select_engine("auto", device or torch.device("cpu")),
+        "configurations": f"shipped for {', '.join(shipped) or 'no device yet'}; others are chosen by counting",
+        "cache": f"{folder}, {len(list(folder.glob('*/*.json')))} tuned problems",
     }
     for name, value in rows.items():
         print(f"{name:15} {value}")
+
+
+def find_configuration(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    radius: int,
+    kernels: Sequence[Mapping[str, float]],
+    channels: Sequence[int],
+    gated: bool,
+) -> tuning.Config:
+    """Print how the configurations of a problem compare, best first, and keep the best of measured ones."""
+    n, classes, height, width = shape
+    names, _, sigmas = parse_kernels(kernels)
+    if len(channels) != len(names):
+        raise ValueError(f"channels: expected {len(names)} numbers, for {names}, got {list(channels)}")
+    measured = torch.accelerator.is_available()
+    device = torch.accelerator.current_accelerator() if measured else torch.device("meta")
+    if measured and select_engine("auto", torch.device(str(device))) != "triton":
+        raise ValueError(f"device: expected one the Triton engine runs on, got {device}")
+    from . import triton_engine
+
+    logits = torch.empty(n, classes, height, width, dtype=dtype, device=device)
+    features = {
+        name: torch.empty(n, count, height, width, device=device) for name, count in zip(names, channels, strict=True)
+    }
+    gate = torch.ones(n, height, width, device=device) if gated else None
+    if not triton_engine.fits(logits, list(features.values()), sigmas):
+        raise ValueError("shape, kernels: expected what a tile can do, got too many classes or channels to tune for")
+    key = triton_engine.problem_key(logits, list(features.values()), sigmas, radius, gated, "logits")
+
+    def milliseconds(config: tuning.Config) -> float:
+        return _measure(config, logits, features, kernels, radius, gate)
+
+    cost = milliseconds if measured else lambda config: config.cost(radius)
+    results = []
+    print(key)
+    print("milliseconds of loss and gradient" if measured else "rough instructions a pixel: counted, not measured")
+    for config in tuning.space(key):
+        try:
+            results.append((cost(config), config))
+        except RuntimeError as error:
+            print(f"{'failed':>12}  {config}: {error}")
+            continue
+        print(f"{results[-1][0]:12.3f}  {config}")
+    best, config = min(results, key=lambda result: result[0])
+    print(f"best: {config}")
+    if measured:
+        torch_version, triton_version = torch.__version__, importlib.metadata.version("triton")
+        path = tuning.remember(key, config, milliseconds=best, torch=torch_version, triton=triton_version)
+        print(f"kept in {path}")
+    else:
+        print("no GPU here: nothing was measured and nothing is kept")
+    return config
+
+
+def _measure(
+    config: tuning.Config,
+    logits: Tensor,
+    features: Mapping[str, Tensor],
+    kernels: Sequence[Mapping[str, float]],
+    radius: int,
+    gate: Tensor | None,
+) -> float:
+    from triton.testing import do_bench
+
+    logits.normal_().requires_grad_()
+    for feature in features.values():
+        feature.uniform_()
+
+    def step() -> None:
+        loss = gated_crf_loss(
+            logits, features, kernels, radius, source=gate, destination=gate, from_logits=True, impl="triton"
+        )
+        torch.autograd.grad(loss, logits)
+
+    with tuning.use_config(config), torch.enable_grad():
+        return float(do_bench(step, return_mode="median"))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from .op import accumulation_dtype, area_average, pairwise_energy, select_engine
+from .op import accumulation_dtype, area_average, check_impl, pairwise_energy
 
 Kernel = Mapping[str, float]
 Reduction = Literal["mean", "sum", "none"]
@@ -57,7 +57,8 @@ def gated_crf_loss(
         compatibility: [C, C], >= 0 with a zero diagonal; None is the Potts model above.
         from_logits: apply softmax over the classes first.
         reduction: "mean" as above, "sum" without 1/D, or "none": the energy [N, H, W] of every destination pixel.
-        impl: "auto" or "torch".
+        impl: "triton" (tensor-core tiles; GPUs), "torch" (any device) or "auto", which is Triton on the GPUs it can run
+            on, else PyTorch.
 
     Returns:
         A scalar, or [N, H, W], in the accumulation dtype. Differentiable with respect to `input` in reverse mode, any
@@ -87,21 +88,14 @@ def gated_crf_loss(
     source = _prepare_gate("source", source, input)
     destination = _prepare_gate("destination", destination, input)
     mu = _prepare_compatibility(compatibility, input)
-    if from_logits and mu is None:
-        # softmax sums to 1, so 1 - p_i . p_j = p_i^T (1 - I) p_j: a sum of positive terms, exact where pixels agree
-        mu = 1 - torch.eye(input.shape[1], dtype=accumulation_dtype(input.dtype), device=input.device)
     denominator = _denominator(source, destination, input) if reduction == "mean" else None
     if source is not None or destination is not None:
         input, guides, source, destination = _hide_closed(input, guides, source, destination, from_logits)
-    dtype = accumulation_dtype(input.dtype)
-    probabilities = torch.softmax(input, dim=1, dtype=dtype) if from_logits else input.to(dtype)
-
     if reduction == "none":
-        return _energies(probabilities, guides, source, destination, mu, weights, sigmas, radius)
-    with_product = torch.is_grad_enabled() and input.requires_grad
-    symmetric = compatibility is None
+        return _energies(input, guides, source, destination, mu, from_logits, weights, sigmas, radius, impl)
+    with_gradient = torch.is_grad_enabled() and input.requires_grad
     energy, _ = pairwise_energy(
-        probabilities, guides, source, destination, mu, symmetric, weights, sigmas, radius, with_product
+        input, guides, source, destination, mu, from_logits, weights, sigmas, radius, with_gradient, impl
     )
     return energy if denominator is None else energy / denominator
 
@@ -203,19 +197,27 @@ def partial_cross_entropy(
 
 
 def _energies(
-    probabilities: Tensor,
+    input: Tensor,
     features: list[Tensor],
     source: Tensor | None,
     destination: Tensor | None,
     mu: Tensor | None,
+    from_logits: bool,
     weights: list[float],
     sigmas: list[float],
     radius: int,
+    impl: str,
 ) -> Tensor:
     # e_i = d_i (sum_j k_ij s_j - p_i . sum_j k_ij s_j p_j) [N, H, W]: the ungated operator on the columns [s p | s]
+    dtype, classes = accumulation_dtype(input.dtype), input.shape[1]
+    probabilities = torch.softmax(input, dim=1, dtype=dtype) if from_logits else input.to(dtype)
     mass = torch.ones_like(probabilities[:, :1]) if source is None else source[:, None]
     columns = torch.cat([probabilities * mass, mass], dim=1)
-    _, sums = pairwise_energy(columns, features, None, None, None, True, weights, sigmas, radius, True)
+    _, gradient = pairwise_energy(columns, features, None, None, None, False, weights, sigmas, radius, True, impl)
+    sums = -0.5 * gradient
+    if mu is None and from_logits:
+        # softmax sums to 1, so 1 - p_i . p_j = p_i^T (1 - I) p_j: a sum of positive terms, exact where pixels agree
+        mu = 1 - torch.eye(classes, dtype=dtype, device=input.device)
     if mu is None:
         energies = sums[:, -1] - (probabilities * sums[:, :-1]).sum(1)
     else:
@@ -263,7 +265,7 @@ def _check_settings(
         raise TypeError(f"from_logits: expected a bool, got {type(from_logits).__name__}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
-    select_engine(impl)
+    check_impl(impl)
     if isinstance(radius, bool) or not isinstance(radius, Integral):
         raise TypeError(f"radius: expected an int, got {type(radius).__name__}")
     if radius < 1:

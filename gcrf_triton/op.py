@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
+import os
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,14 +14,45 @@ from torch import Tensor
 
 from . import torch_engine
 
-ENGINES = ("auto", "torch")
+IMPLS = ("auto", "triton", "torch")
+HALF_LIMIT = 2**14  # float16 ends at 2^16, and a gradient is at most twice the mass of a kernel
 
 
-def select_engine(impl: str) -> str:
-    """Name the engine that `impl` stands for; ValueError if there is none of that name."""
-    if impl not in ENGINES:
-        raise ValueError(f"impl: expected one of {', '.join(map(repr, ENGINES))}, got {impl!r}")
-    return "torch"
+def check_impl(impl: str) -> None:
+    """ValueError unless `impl` is the name of an engine or "auto"."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+
+
+def select_engine(impl: str, device: torch.device) -> str:
+    """Name the engine, "triton" or "torch", that `impl` stands for on a device; ValueError if a named one cannot run.
+
+    "auto" is what the environment variable GCRF_TRITON_IMPL names, else Triton on GPUs it can run on, else PyTorch.
+    """
+    check_impl(impl)
+    if impl == "auto":
+        impl = os.environ.get("GCRF_TRITON_IMPL", "auto")
+        if impl not in IMPLS:
+            raise ValueError(f"GCRF_TRITON_IMPL: expected one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    if impl == "torch" or (impl == "auto" and device.type not in ("cuda", "xpu")):
+        return "torch"
+    reason = _triton_unavailable(device)
+    if reason is None:
+        return "triton"
+    if impl == "auto":
+        warnings.warn(f"{reason}; the PyTorch engine, which is slower, takes its place", stacklevel=2)
+        return "torch"
+    raise ValueError(f"impl: 'triton' cannot run on {device}: {reason}; impl='torch' runs everywhere")
+
+
+def _triton_unavailable(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton; it exists for Linux)"
+    return _triton_engine().unavailable(device)
+
+
+def _triton_engine():
+    return importlib.import_module(".triton_engine", __package__)  # late, as Triton need not be there
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,61 +67,99 @@ def pairwise_energy(
     source: Tensor | None,
     destination: Tensor | None,
     compatibility: Tensor | None,
-    symmetric: bool,
+    from_logits: bool,
     weights: Sequence[float],
     sigmas: Sequence[float],
     radius: int,
-    with_product: bool,
+    with_gradient: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Energy of all pairs of a local window, and half its negative gradient.
+    """Energy of all pairs of a local window, and its gradient.
 
-        energy  = sum_ij d_i s_j k_ij (1 - p_i . p_j)      (p_i^T mu p_j with a compatibility matrix mu)
-        product = -1/2 d energy / d p                      (sum_j k_ij (s_j d_i + s_i d_j) p_j / 2 without one)
+        energy   = sum_ij d_i s_j k_ij (1 - p_i . p_j)      (p_i^T mu p_j with a compatibility matrix mu)
+        gradient = d energy / d p                           (-sum_j k_ij (s_j d_i + s_i d_j) p_j without one)
 
-    The product is linear in p with a symmetric operator, so its own gradient is that operator again.
+    From logits z, p is their softmax and the gradient is that by z. Else it is linear in p with a symmetric operator,
+    so that its own gradient is that operator again.
 
     Args:
-        input: p [N, C, H, W].
+        input: p or z [N, C, H, W].
         features, source, destination, weights, sigmas, radius: as for `torch_engine.apply_pairwise`; one gate will do.
         compatibility: mu [C, C], used as it is.
-        symmetric: mu is its own transpose, which makes gates cheaper.
-        with_product: False leaves the product empty and, but for a matrix that is not symmetric, does half the work.
+        with_gradient: False leaves the gradient empty and saves its work.
+        impl: as for `select_engine`.
 
     Returns:
-        A scalar and [N, C, H, W], in the accumulation dtype, differentiable in `input` any number of times.
+        A scalar in the accumulation dtype, and [N, C, H, W] in the dtype and memory format of the input (in float32
+        where float16 might not hold it). Differentiable in `input` any number of times.
     """
     if source is not None or destination is not None:
         ones = torch.ones_like(input[:, 0], dtype=accumulation_dtype(input.dtype))
         source, destination = (ones if gate is None else gate for gate in (source, destination))
-    apply = functools.partial(
-        torch_engine.apply_pairwise,
-        features=features,
-        weights=weights,
-        sigmas=sigmas,
-        radius=radius,
-        threads=torch.get_num_threads(),
-    )
-    with torch_engine.limit_threads(input.device):
-        p = input.to(accumulation_dtype(input.dtype))
-        if compatibility is not None and not symmetric:
-            energy, product = _any_matrix(apply, p, source, destination, compatibility)
-        else:
-            apply = functools.partial(apply, source=source, destination=destination, both_ends=with_product)
-            energy, product = _potts(apply, p) if compatibility is None else _symmetric_matrix(apply, p, compatibility)
-            energy = energy if with_product else 2 * energy
-        return energy, product.contiguous() if with_product else p.new_empty(0)
+    gradient = _empty_gradient(input, source is not None, weights, radius, with_gradient)
+    pairs = (features, source, destination, weights, sigmas, radius)
+    if select_engine(impl, input.device) == "triton":
+        engine = _triton_engine()
+        if compatibility is None and engine.fits(input, features, sigmas):
+            return engine.potts_energy(input, *pairs, from_logits, gradient), gradient
+        energy, exact = _assemble(engine.apply_pairwise, input, *pairs, compatibility, from_logits, with_gradient)
+    else:
+        apply = functools.partial(torch_engine.apply_pairwise, threads=torch.get_num_threads())
+        with torch_engine.limit_threads(input.device):
+            energy, exact = _assemble(apply, input, *pairs, compatibility, from_logits, with_gradient)
+    if with_gradient:
+        gradient.copy_(exact)
+    return energy, gradient
+
+
+def _empty_gradient(input: Tensor, gated: bool, weights: Sequence[float], radius: int, with_gradient: bool) -> Tensor:
+    dtype = input.dtype
+    if dtype == torch.float16 and (gated or sum(weights) * (2 * radius + 1) ** 2 > HALF_LIMIT):
+        dtype = torch.float32
+    return torch.empty_like(input, dtype=dtype) if with_gradient else input.new_empty(0, dtype=dtype)
+
+
+def _assemble(
+    apply_pairwise: Callable[..., Tensor],
+    input: Tensor,
+    features: Sequence[Tensor],
+    source: Tensor | None,
+    destination: Tensor | None,
+    weights: Sequence[float],
+    sigmas: Sequence[float],
+    radius: int,
+    mu: Tensor | None,
+    from_logits: bool,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    # energy and gradient from the pairwise operator on columns
+    dtype = accumulation_dtype(input.dtype)
+    p = torch.softmax(input, dim=1, dtype=dtype) if from_logits else input.to(dtype)
+    apply = functools.partial(apply_pairwise, features=features, weights=weights, sigmas=sigmas, radius=radius)
+    if mu is not None:
+        energy, gradient = _any_matrix(apply, p, source, destination, mu)
+    else:
+        apply = functools.partial(apply, source=source, destination=destination, both_ends=with_gradient)
+        energy, gradient = _agreement(apply, p) if from_logits else _potts(apply, p)
+        energy = energy if with_gradient else 2 * energy
+    return energy, _through_softmax(p, gradient) if from_logits and with_gradient else gradient
 
 
 def _potts(apply: Callable[..., Tensor], p: Tensor) -> tuple[Tensor, Tensor]:
     sums = apply([p, p.new_ones(1).expand(p.shape[0], 1, *p.shape[2:])])
     product, mass = sums[:, :-1], sums[:, -1]
     # pixel by pixel, so that where neighbours agree two equal sums cancel exactly
-    return (mass - torch.linalg.vecdot(p, product, dim=1)).sum(), product
+    return (mass - torch.linalg.vecdot(p, product, dim=1)).sum(), -2 * product
 
 
-def _symmetric_matrix(apply: Callable[..., Tensor], p: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
-    mixed = torch.einsum("cd,ndhw->nchw", mu, apply([p]))
-    return torch.linalg.vecdot(p, mixed, dim=1).sum(), -mixed
+def _agreement(apply: Callable[..., Tensor], p: Tensor) -> tuple[Tensor, Tensor]:
+    # Softmax sums to 1, so 1 - p_i . p_j = p_i^T (1 - I) p_j. With t the largest of G_i = (S p)_i that sums up to all
+    # others plus p_i . (t - G_i): positive terms, exact where pixels agree. The gradient may lack what softmax drops.
+    sums = apply([p])
+    largest, place = sums.max(dim=1, keepdim=True)
+    below = largest - sums
+    others = sums.scatter(1, place, 0).sum(1)
+    return (others + torch.linalg.vecdot(p, below, dim=1)).sum(), 2 * below
 
 
 def _any_matrix(
@@ -97,33 +170,53 @@ def _any_matrix(
     sums = apply(columns, source=None, destination=None).split(p.shape[1], dim=1)
     towards = d * torch.einsum("cd,ndhw->nchw", mu, sums[0])  # d mu K (s p)
     away = s * torch.einsum("dc,ndhw->nchw", mu, sums[-1])  # s mu^T K (d p)
-    return torch.linalg.vecdot(p, towards, dim=1).sum(), -0.5 * (towards + away)
+    return torch.linalg.vecdot(p, towards, dim=1).sum(), towards + away
+
+
+def _through_softmax(p: Tensor, gradient: Tensor) -> Tensor:
+    return p * (gradient - torch.linalg.vecdot(p, gradient, dim=1)[:, None])
 
 
 @pairwise_energy.register_fake
-def _(input, features, source, destination, compatibility, symmetric, weights, sigmas, radius, with_product):
-    dtype = accumulation_dtype(input.dtype)
-    return input.new_empty((), dtype=dtype), input.new_empty(input.shape if with_product else (0,), dtype=dtype)
+def _(
+    input, features, source, destination, compatibility, from_logits, weights, sigmas, radius, with_gradient, impl
+):  # fmt: skip
+    gated = source is not None or destination is not None
+    energy = input.new_empty((), dtype=accumulation_dtype(input.dtype))
+    return energy, _empty_gradient(input, gated, weights, radius, with_gradient)
 
 
 def _setup_context(ctx, inputs, output):
-    input, features, source, destination, compatibility, *ctx.settings, ctx.with_product = inputs
+    input, features, source, destination, compatibility, ctx.from_logits, *settings = inputs
+    *ctx.settings, ctx.with_gradient, ctx.impl = settings
     ctx.dtype = input.dtype
-    ctx.save_for_backward(output[1], source, destination, compatibility, *features)
+    ctx.save_for_backward(output[1], input if ctx.from_logits else None, source, destination, compatibility, *features)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_energy, grad_product):
-    if not ctx.with_product:
-        raise RuntimeError("pairwise_energy was called with_product=False, which leaves nothing to differentiate")
-    product, source, destination, compatibility, *features = ctx.saved_tensors
-    grad = None
-    if grad_energy is not None:
-        grad = -2 * grad_energy * product
-    if grad_product is not None:
-        _, again = pairwise_energy(grad_product, features, source, destination, compatibility, *ctx.settings, True)
+def _backward(ctx, grad_energy, grad_gradient):
+    if not ctx.with_gradient:
+        raise RuntimeError("pairwise_energy was called with_gradient=False, which leaves nothing to differentiate")
+    gradient, logits, source, destination, compatibility, *features = ctx.saved_tensors
+
+    def linear(p: Tensor) -> Tensor:
+        pairs = (features, source, destination, compatibility, False, *ctx.settings, True, ctx.impl)
+        return pairwise_energy(p, *pairs)[1]
+
+    grad = None if grad_energy is None else grad_energy * gradient
+    if grad_gradient is not None:
+        if logits is None:
+            again = linear(grad_gradient)
+        else:
+            # gradient = J L p with the Jacobian J = diag(p) - p p^T of softmax; both factors depend on the logits
+            p = torch.softmax(logits, dim=1, dtype=accumulation_dtype(logits.dtype))
+            towards, v = linear(p), grad_gradient.to(p.dtype)
+            means = ((p * other).sum(1, keepdim=True) for other in (towards, v))
+            mean_towards, mean_v = means
+            again = linear(_through_softmax(p, v)) + v * (towards - mean_towards) - towards * mean_v
+            again = _through_softmax(p, again)
         grad = again if grad is None else grad + again
-    return None if grad is None else grad.to(ctx.dtype), [None] * len(features), *[None] * 8
+    return None if grad is None else grad.to(ctx.dtype), [None] * len(features), *[None] * 9
 
 
 pairwise_energy.register_autograd(_backward, setup_context=_setup_context)

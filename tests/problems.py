@@ -72,7 +72,7 @@ class Problem:
 def make_problem(
     shape: tuple[int, int, int, int],
     kernels: Sequence[Mapping[str, float]] = RGB_XY,
-    radius: int = 5,
+    radius: int = 2,
     gates: str = "",
     compatibility: bool = False,
     dtype: torch.dtype = torch.float64,

@@ -12,9 +12,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.mark.parametrize("kernels", ["rgb-xy", "official pair", "two modalities"])
 @pytest.mark.parametrize("classes", [2, 21])
 def test_error_budget(classes, kernels, gates, dtype):
-    rounded = make_problem((2, classes, 31, 23), KERNELS[kernels], gates=gates).to(
-        dtype
-    )  # rounding inputs costs nobody
+    rounded = make_problem((2, classes, 31, 23), KERNELS[kernels], 5, gates).to(dtype)  # rounding inputs costs nobody
     exact_value, exact_gradient = value_and_gradient(rounded.to(torch.float64), lambda p: p.loss(reduction="sum"))
     value, gradient = value_and_gradient(rounded, lambda p: p.loss(reduction="sum"))
     assert value.dtype == torch.float32 and gradient.dtype == dtype
@@ -31,7 +29,7 @@ def test_error_budget(classes, kernels, gates, dtype):
 @pytest.mark.parametrize("sigma", [0.02, 0.1, 0.3, 1.0])
 def test_error_budget_over_sigma(sigma):
     kernels = ({"weight": 1.0, "xy": 6.0, "rgb": sigma},)
-    problem = make_problem((1, 4, 40, 40), kernels, dtype=torch.float32)
+    problem = make_problem((1, 4, 40, 40), kernels, 5, dtype=torch.float32)
     exact_value, exact_gradient = value_and_gradient(problem.to(torch.float64), lambda p: p.loss())
     value, gradient = value_and_gradient(problem, lambda p: p.loss())
     assert abs(value - exact_value) <= 1e-5 * exact_value
@@ -47,7 +45,7 @@ def agreeing_logits(margin):
 @pytest.mark.parametrize("gates", ["", "s"])
 @pytest.mark.parametrize("margin", [5, 10, 14, 20])
 def test_near_agreement_from_logits(margin, gates):
-    problem = make_problem((1, 21, 64, 64), gates=gates, dtype=torch.float32)
+    problem = make_problem((1, 21, 64, 64), radius=5, gates=gates, dtype=torch.float32)
     problem.probabilities = agreeing_logits(margin)
     exact_value, exact_gradient = value_and_gradient(problem.to(torch.float64), lambda p: p.loss(from_logits=True))
     value, gradient = value_and_gradient(problem, lambda p: p.loss(from_logits=True))
@@ -60,14 +58,14 @@ def test_near_agreement_from_logits(margin, gates):
 
 @pytest.mark.parametrize("margin, tolerance", [(5, 1e-6), (10, 1e-4), (14, 1e-3)])
 def test_near_agreement_of_probabilities(margin, tolerance):
-    problem = make_problem((1, 21, 64, 64), dtype=torch.float32)
+    problem = make_problem((1, 21, 64, 64), radius=5, dtype=torch.float32)
     problem.probabilities = agreeing_logits(margin).softmax(1)  # which do not sum to exactly 1 any more
     exact = problem.to(torch.float64).loss(reduction="sum")
     assert abs(problem.loss(reduction="sum") - exact) <= tolerance * exact
 
 
 def test_a_loss_without_gradient_is_as_accurate():
-    problem = make_problem((2, 5, 33, 21), gates="s", dtype=torch.float32)
+    problem = make_problem((2, 5, 33, 21), radius=5, gates="s", dtype=torch.float32)
     exact = problem.to(torch.float64).loss()
     with torch.no_grad():
         assert abs(problem.loss() - exact) <= 1e-6 * exact

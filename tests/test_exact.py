@@ -7,6 +7,8 @@ from problems import KERNELS, SHAPES, make_problem, value_and_gradient
 
 from reference import gated_crf_energies
 
+pytestmark = pytest.mark.engines("torch", "triton")
+
 
 def loops(problem):
     arrays = [
@@ -25,7 +27,7 @@ def test_energies_are_those_of_the_loops(kernels, gates):
     torch.testing.assert_close(problem.loss(reduction="none"), loops(problem), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("radius", [1, 3, 20])
+@pytest.mark.parametrize("radius", [1, 3, 12])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_ragged_sizes_and_windows_beyond_the_image(shape, radius):
     problem = make_problem(shape, radius=radius, gates="s")
@@ -67,7 +69,9 @@ def test_gradient_is_that_of_the_unfold(kernels, gates, compatibility, reduction
 
 
 @pytest.mark.parametrize("height, width", [(120, 150), (5, 3000), (3000, 5)])
-def test_many_tiles_and_blocks(height, width):
+def test_many_tiles_and_blocks(height, width, engine):
+    if engine == "triton":  # in the interpreter
+        height, width = height // 10 + 1, width // 10 + 1
     problem = make_problem((2, 2, height, width), radius=3, gates="d")
     value, gradient = value_and_gradient(problem, lambda problem: problem.loss(reduction="sum"))
     expected_value, expected_gradient = value_and_gradient(problem, lambda problem: problem.unfolded())

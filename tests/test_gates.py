@@ -4,6 +4,8 @@ import pytest
 import torch
 from problems import make_problem, value_and_gradient
 
+pytestmark = pytest.mark.engines("torch", "triton")
+
 
 @pytest.mark.parametrize("gates", ["s", "d", "sd"])
 def test_closed_everywhere_is_exactly_zero(gates):

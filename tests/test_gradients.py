@@ -8,6 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gcrf_triton.torch_engine import apply_pairwise
 
+pytestmark = pytest.mark.engines("torch", "triton")
+
 
 def loss_of(problem, **settings):
     def function(probabilities):
@@ -20,6 +22,7 @@ def loss_of(problem, **settings):
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 @pytest.mark.parametrize("compatibility", [False, True], ids=["potts", "matrix"])
 @pytest.mark.parametrize("gates", ["", "s", "sd"])
+@pytest.mark.engines("torch")
 def test_first_and_second_derivatives(gates, compatibility, reduction):
     problem = make_problem((2, 3, 4, 5), KERNELS["official pair"], radius=2, gates=gates, compatibility=compatibility)
     function = loss_of(problem, reduction=reduction)
@@ -28,12 +31,24 @@ def test_first_and_second_derivatives(gates, compatibility, reduction):
     assert torch.autograd.gradgradcheck(function, probabilities)
 
 
-def test_derivatives_through_logits():
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("compatibility", [False, True], ids=["potts", "matrix"])
+@pytest.mark.engines("triton")
+def test_first_and_second_derivatives_in_the_interpreter(compatibility, reduction):
+    problem = make_problem((1, 2, 3, 4), KERNELS["official pair"], 1, "sd", compatibility)
+    function = loss_of(problem, reduction=reduction)
+    probabilities = problem.probabilities.requires_grad_()
+    assert torch.autograd.gradcheck(function, probabilities, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, probabilities, fast_mode=True)
+
+
+def test_derivatives_through_logits(engine):
     problem = make_problem((1, 3, 4, 5), radius=2, gates="s")
     function = loss_of(problem, from_logits=True)
     logits = torch.randn(1, 3, 4, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(function, logits)
-    assert torch.autograd.gradgradcheck(function, logits)
+    quick = {"fast_mode": engine == "triton"}
+    assert torch.autograd.gradcheck(function, logits, **quick)
+    assert torch.autograd.gradgradcheck(function, logits, **quick)
 
 
 def test_the_third_derivative_of_a_quadratic_is_zero():

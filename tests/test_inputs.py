@@ -7,6 +7,8 @@ from problems import make_problem, value_and_gradient
 
 from gcrf_triton import GatedCRFLoss, gated_crf_loss
 
+pytestmark = pytest.mark.engines("torch", "triton")
+
 
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced", "expanded batch"])
 def test_layouts(layout):

@@ -16,6 +16,8 @@ from gcrf_triton.op import area_average, pairwise_energy
 
 SETTINGS = ([1.0, 0.3], [6.0, 0.1, 2.0, 0.0], 2)  # weights, sigmas, radius
 
+both_engines = pytest.mark.engines("torch", "triton")
+
 
 def layouts():
     p = torch.rand(2, 3, 5, 6, dtype=torch.float64).softmax(1)
@@ -40,6 +42,18 @@ def test_opcheck(layout, compatibility, gates, from_logits, with_gradient):
     torch.library.opcheck(pairwise_energy, arguments)
 
 
+@pytest.mark.engines("triton")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("from_logits", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "expanded", "sliced"])
+def test_opcheck_in_the_interpreter(layout, from_logits, dtype):
+    p = dict(layouts())[layout].to(dtype).requires_grad_()
+    gate, rgb = torch.rand(2, 5, 6, dtype=dtype), torch.rand(2, 3, 5, 6, dtype=dtype)
+    arguments = (p, [rgb], gate, gate, None, from_logits, *SETTINGS, True, "auto")
+    torch.library.opcheck(pairwise_energy, arguments)
+
+
+@both_engines
 @pytest.mark.parametrize("compatibility", [None, 1 - torch.eye(2)])
 def test_one_gate_leaves_the_other_open(compatibility):
     p, gate = torch.rand(1, 2, 4, 5), torch.rand(1, 4, 5)
@@ -86,6 +100,7 @@ def test_compiles_with_the_default_backend():
         torch.testing.assert_close(*(torch.autograd.grad(result, logits)[0] for result in results))
 
 
+@both_engines
 def test_compiled_autograd():
     torch._dynamo.reset()
     problem = make_problem((1, 3, 9, 8))
@@ -96,6 +111,7 @@ def test_compiled_autograd():
     torch.testing.assert_close(x.grad, expected)
 
 
+@both_engines
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
     problem = make_problem((2, 3, 9, 8), gates="s", compatibility=True, dtype=torch.float32)
@@ -115,6 +131,7 @@ def test_autocast(dtype):
     torch.testing.assert_close(energies.double(), exact.loss(from_logits=True, reduction="none"), rtol=1e-5, atol=1e-6)
 
 
+@both_engines
 def test_inference_mode():
     problem = make_problem((1, 3, 9, 8))
     expected = problem.loss()
@@ -133,6 +150,7 @@ def test_more_than_two_to_the_31_elements_without_memory():
     assert gated_crf_loss(logits, {"rgb": image}, reduction="none").shape == (9, 4096, 4096)
 
 
+@both_engines
 def test_the_operator_is_registered_under_its_name():
     p = torch.rand(1, 2, 4, 4)
     arguments = (p, [], None, None, None, False, [1.0], [2.0], 1, True, "auto")

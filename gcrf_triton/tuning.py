@@ -1,0 +1,182 @@
+"""How the tile kernel is launched: configurations, and which one a problem gets."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import importlib.resources
+import json
+import os
+import pathlib
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+SCHEMA = 1
+KEYS = 16  # pixels of the halo that a tile meets at a time
+MOST_UNROLLED = 20  # steps: beyond, the code outgrows the instruction cache
+REGISTERS = 172  # a thread may be estimated to need: the estimate is rough, and 255 the limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A way to launch the kernels; every one gives the same answer, up to rounding.
+
+    Args:
+        tile_y, tile_x: pixels that a program multiplies by their halo.
+        pack: pixels that a program packs, a power of two.
+        unroll: write out the steps through the halo instead of looping over them.
+
+    Raises:
+        TypeError, ValueError: for what cannot be launched.
+    """
+
+    tile_y: int = 5
+    tile_x: int = 6
+    pack: int = 128
+    unroll: bool = True
+
+    def __post_init__(self) -> None:
+        for name, kind in (("tile_y", int), ("tile_x", int), ("pack", int), ("unroll", bool)):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                raise TypeError(f"{name}: expected {kind.__name__}, got {type(value).__name__}")
+        if min(self.tile_y, self.tile_x) < 1 or self.pixels > 128:
+            raise ValueError(f"tile_y, tile_x: expected a tile of 1 to 128 pixels, got {self.tile_y} x {self.tile_x}")
+        if (self.pixels - 1) // self.tile_x > self.tile_y:
+            # the pixels that fill it up lie in rows below the tile, which have to exist
+            raise ValueError(
+                f"tile_y, tile_x: expected to fill {self.pixels} pixels, got {self.tile_y} x {self.tile_x}"
+            )
+        if self.pack not in (32, 64, 128, 256):
+            raise ValueError(f"pack: expected 32, 64, 128 or 256, got {self.pack}")
+
+    @property
+    def pixels(self) -> int:
+        """Of a tile, filled up to a power of two and at least a tensor core's 16."""
+        return max(16, 1 << (self.tile_y * self.tile_x - 1).bit_length())
+
+    def steps(self, radius: int) -> int:
+        """How often a tile meets KEYS pixels of its halo."""
+        return (self.tile_y + 2 * radius) * -(-(self.tile_x + 2 * radius) // KEYS)
+
+    def cost(self, radius: int) -> float:
+        """Rough instructions a pixel: those that pixels cause in a step, and those of the step itself."""
+        return self.steps(radius) * (1.7 * self.pixels + 32) / (self.tile_y * self.tile_x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """What a configuration is chosen by: device, value columns, sets of features of every kernel, and the rest."""
+
+    device: str
+    columns: int
+    sets: tuple[int, ...]
+    gated: bool
+    radius: int
+    dtype: str
+    log2_pixels: int
+
+    def __str__(self) -> str:
+        sets = "+".join(map(str, self.sets))
+        gates = "gates" if self.gated else "no gates"
+        return f"{self.columns} columns, {sets} sets, {gates}, radius {self.radius}, {self.dtype}, 2^{self.log2_pixels}"
+
+
+_forced: contextvars.ContextVar[Config | None] = contextvars.ContextVar("gcrf_triton_config", default=None)
+
+
+@contextlib.contextmanager
+def use_config(config: Config) -> Iterator[None]:
+    """Context in which the Triton engine launches with `config`, whatever caches say."""
+    token = _forced.set(config)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def choose_config(key: Key) -> Config:
+    """That of `use_config`, else the user's cache, else what the package ships for the device, else by counting."""
+    return _forced.get() or _stored(key) or heuristic(key)
+
+
+def heuristic(key: Key) -> Config:
+    """The cheapest tile by `Config.cost` whose sums, exponents and features fit the registers."""
+    fitting = [config for config in space(key) if _registers(config, key) <= REGISTERS]
+    return min(fitting or space(key)[-1:], key=lambda config: (config.cost(key.radius), not config.unroll))
+
+
+def space(key: Key) -> list[Config]:
+    """The configurations worth trying, those that need most registers first."""
+    pack = 128 if key.columns <= 24 else 64 if key.columns <= 48 else 32
+    configs = []
+    for pixels in (32, 16):
+        tiles = [Config(pixels // tile_x, tile_x, pack) for tile_x in range(1, pixels + 1)]
+        tiles = [tile for tile in tiles if tile.pixels == pixels]
+        for tile in sorted(tiles, key=lambda tile: tile.cost(key.radius))[:3]:
+            unrolled = (True, False) if tile.steps(key.radius) <= MOST_UNROLLED else (False,)
+            configs += [dataclasses.replace(tile, unroll=unroll) for unroll in unrolled]
+    return configs
+
+
+def _registers(config: Config, key: Key) -> float:
+    # a warp's 32 threads hold the sums, and for every kernel exponents, for every set two operands, of their pixels
+    per_pixel = key.columns + 16 * len(key.sets) + 24 * sum(key.sets) + 16 * key.gated
+    return 60 + per_pixel * config.pixels / 32
+
+
+def cache_folder() -> pathlib.Path:
+    """Where tuned configurations are kept: GCRF_TRITON_CACHE, or gcrf_triton in the user's cache folder."""
+    if chosen := os.environ.get("GCRF_TRITON_CACHE"):
+        return pathlib.Path(chosen)
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "gcrf_triton"
+
+
+def shipped_file(device: str) -> pathlib.Path:
+    """What the package brings for a device, if it exists."""
+    return pathlib.Path(str(importlib.resources.files(__package__))) / "configs" / f"{_slug(device)}.json"
+
+
+def cache_file(key: Key) -> pathlib.Path:
+    """One file a problem, so that processes that tune at once cannot spoil each other's."""
+    return cache_folder() / _slug(key.device) / f"{_slug(str(key))}.json"
+
+
+def remember(key: Key, config: Config, **measurement: Any) -> pathlib.Path:
+    """Keep a configuration in the user's cache, and what was measured with it."""
+    path = cache_file(key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        json.dump({"schema": SCHEMA, "entries": {str(key): dataclasses.asdict(config)}} | measurement, file, indent=1)
+    os.replace(file.name, path)  # readers see the old file or the new one
+    _stored.cache_clear()
+    return path
+
+
+@functools.lru_cache(maxsize=1024)
+def _stored(key: Key) -> Config | None:
+    return _read(cache_file(key), key) or _read(shipped_file(key.device), key)
+
+
+def _read(path: pathlib.Path, key: Key) -> Config | None:
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        if content["schema"] != SCHEMA:
+            raise ValueError(f"schema {content['schema']} instead of {SCHEMA}")
+        entry = content["entries"].get(str(key))
+        return None if entry is None else Config(**entry)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        warnings.warn(f"{path} holds no configurations of this version ({reason}) and is ignored", stacklevel=2)
+        return None
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9^+]+", "-", text.lower()).strip("-")

@@ -1,0 +1,161 @@
+"""Promise: a configuration is the one in use, the user's, the package's or counted out, and a bad one is named."""
+
+import dataclasses
+import json
+import multiprocessing
+import warnings
+
+import pytest
+import torch
+
+from gcrf_triton import gated_crf_loss, tuning
+from gcrf_triton.__main__ import main
+from gcrf_triton.tuning import Config, Key
+
+KEY = Key("NVIDIA Imaginary 9000", 24, (1,), False, 5, "float32", 18)
+OTHER = Config(4, 4, 64, False)
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GCRF_TRITON_CACHE", str(tmp_path))
+    tuning._stored.cache_clear()
+    yield tmp_path
+    tuning._stored.cache_clear()
+
+
+def test_the_ladder(tmp_path, monkeypatch):
+    by_counting = tuning.choose_config(KEY)
+    assert by_counting == Config(5, 6, 128, True)
+
+    shipped = tmp_path / "shipped.json"
+    shipped.write_text(json.dumps({"schema": 1, "entries": {str(KEY): {"tile_y": 8, "tile_x": 4}}}))
+    monkeypatch.setattr(tuning, "shipped_file", lambda device: shipped)
+    tuning._stored.cache_clear()
+    assert tuning.choose_config(KEY) == Config(8, 4)
+
+    path = tuning.remember(KEY, OTHER, milliseconds=0.5)
+    assert path.is_relative_to(tmp_path) and json.loads(path.read_text())["milliseconds"] == 0.5
+    assert tuning.choose_config(KEY) == OTHER
+
+    with tuning.use_config(Config(4, 8)):
+        assert tuning.choose_config(KEY) == Config(4, 8)
+        with tuning.use_config(Config(8, 4)):
+            assert tuning.choose_config(KEY) == Config(8, 4)
+        assert tuning.choose_config(KEY) == Config(4, 8)
+    assert tuning.choose_config(KEY) == OTHER
+
+
+def test_a_problem_only_gets_its_own():
+    tuning.remember(KEY, OTHER)
+    for change in (
+        {"device": "other"},
+        {"columns": 32},
+        {"sets": (1, 0)},
+        {"gated": True},
+        {"radius": 6},
+        {"dtype": "float16"},
+    ):
+        assert tuning.choose_config(Key(**{**KEY.__dict__, **change})) != OTHER
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "not json",
+        "[]",
+        "{}",
+        json.dumps({"schema": 0, "entries": {}}),
+        json.dumps({"schema": 1, "entries": {str(KEY): {"tile_y": 0}}}),
+        json.dumps({"schema": 1, "entries": {str(KEY): {"warps": 4}}}),
+        json.dumps({"schema": 1, "entries": {str(KEY): {"tile_x": "6"}}}),
+    ],
+)
+def test_foreign_files_warn_once(content):
+    path = tuning.cache_file(KEY)
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    with pytest.warns(UserWarning, match="holds no configurations of this version .* is ignored") as caught:
+        assert tuning.choose_config(KEY) == tuning.heuristic(KEY)
+    assert str(path) in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tuning.choose_config(KEY) == tuning.heuristic(KEY)
+
+
+def _remember_often(_):
+    for tile in (4, 8) * 50:
+        tuning.remember(KEY, Config(tile, 4))
+
+
+def test_writers_at_once_leave_whole_files(tmp_path):
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        writing = pool.map_async(_remember_often, range(2))
+        while not writing.ready():
+            tuning._stored.cache_clear()
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert tuning.choose_config(KEY) in (Config(4, 4), Config(8, 4), tuning.heuristic(KEY))
+        writing.get()
+    assert [path.suffix for path in tmp_path.rglob("*.*")] == [".json"]
+
+
+@pytest.mark.parametrize(
+    "error, message, arguments",
+    [
+        (TypeError, "tile_y: expected int, got float", {"tile_y": 4.0}),
+        (TypeError, "unroll: expected bool, got int", {"unroll": 1}),
+        (ValueError, "expected a tile of 1 to 128 pixels, got 0 x 6", {"tile_y": 0}),
+        (ValueError, "expected a tile of 1 to 128 pixels, got 50 x 6", {"tile_y": 50}),
+        (ValueError, "expected to fill 16 pixels, got 1 x 8", {"tile_y": 1, "tile_x": 8}),
+        (ValueError, "pack: expected 32, 64, 128 or 256, got 100", {"pack": 100}),
+    ],
+)
+def test_wrong_configurations(error, message, arguments):
+    with pytest.raises(error, match=message):
+        Config(**arguments)
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(AttributeError):
+        Config().tile_y = 3
+
+
+@pytest.mark.parametrize("columns", [8, 24, 48, 64])
+@pytest.mark.parametrize("sets", [(0,), (1,), (1, 0), (2, 1), (3, 3)])
+@pytest.mark.parametrize("radius", [1, 3, 5, 16, 100])
+def test_there_is_always_a_configuration(radius, sets, columns):
+    key = Key("any", columns, sets, True, radius, "float32", 20)
+    config = tuning.heuristic(key)
+    assert config in tuning.space(key) and len(set(tuning.space(key))) == len(tuning.space(key))
+    assert config.tile_y * config.tile_x >= 0.8 * config.pixels
+
+
+@pytest.mark.engines("triton")
+def test_nothing_is_written_by_a_loss(tmp_path):
+    gated_crf_loss(torch.rand(1, 2, 4, 4, requires_grad=True), {"rgb": torch.rand(1, 3, 4, 4)}).backward()
+    assert not list(tmp_path.iterdir())
+
+
+def test_tune_without_a_gpu_counts_and_says_so(capsys, tmp_path):
+    if torch.accelerator.is_available():
+        pytest.skip("there is a GPU, on which tuning measures")
+    main(["tune", "--shape", "2", "4", "100", "120", "--radius", "3", "--gates"])
+    printed = capsys.readouterr().out
+    assert "counted, not measured" in printed and "nothing is kept" in printed and "best: Config(" in printed
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--channels", "3", "1"], "channels: expected 1 numbers"),
+        (["--shape", "1", "200", "8", "8"], "too many classes"),
+        (["--kernels", "[]"], "kernels: expected at least one"),
+    ],
+)
+def test_wrong_problems_to_tune_for(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["tune", *arguments])
+    assert message in capsys.readouterr().err
