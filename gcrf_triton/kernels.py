@@ -52,7 +52,9 @@ def pack(
     stride_x,
     COUNT: tl.constexpr,
     OFFSET: tl.constexpr,
-    SETS: tl.constexpr,
+    N_SETS: tl.constexpr,
+    FEATURE: tl.constexpr,
+    CHANNEL: tl.constexpr,
     CHANNELS: tl.constexpr,
     LINEAR: tl.constexpr,
     GATED: tl.constexpr,
@@ -60,6 +62,7 @@ def pack(
     ONES: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCKS: tl.constexpr,
+    FIRST: tl.constexpr,
     RECORD: tl.constexpr,
     RADIUS: tl.constexpr,
     MARGIN: tl.constexpr,
@@ -72,8 +75,8 @@ def pack(
     [N, F, H, W] and the value columns [N, COUNT, H, W], any strides and dtype, and writes records
     [N, padded_height, pitch, RECORD]. Images lie MARGIN from the left and RADIUS from the top; the values around are 0.
 
-    SETS lists up to three (kernel, feature, channel) each. With u a power of two, a set g is g = h + l, h a multiple of
-    u, |h| <= 2^10 u, and its 16 slots are
+    A set g has three features of one kernel: FEATURE and CHANNEL say which (-1: none, 0), `factors` by what they are
+    multiplied. With u a power of two, g = h + l, h a multiple of u, |h| <= 2^10 u, and its 16 slots are
 
         h_0 h_1 h_2 l_0 l_1 l_2 a a' b b' 1024 1 1 l_0 l_1 l_2      |h|^2 = 1024 a + a',  2 h.l + |l|^2 = b + b'
 
@@ -98,25 +101,26 @@ def pack(
     own = y.to(tl.int64) * width + x
     record = records + n * padded_height * pitch * RECORD + pixel[:, None] * RECORD
 
-    for s in tl.static_range(len(SETS)):
-        bound = tl.load(largest_features + SETS[s][0][1]) * factors[SETS[s][0][0]][SETS[s][0][1]]
-        for f in tl.static_range(1, len(SETS[s])):
-            bound = tl.maximum(bound, tl.load(largest_features + SETS[s][f][1]) * factors[SETS[s][f][0]][SETS[s][f][1]])
+    for s in tl.static_range(N_SETS):
+        bound = 0.0
+        for f in tl.static_range(3 * s, 3 * s + 3):
+            if FEATURE[f] >= 0:
+                bound = tl.maximum(tl.load(largest_features + FEATURE[f]) * factors[f], bound)
         unit_exponent = tl.minimum(tl.maximum(_exponent_above(bound) - 10, -8.0), 2.0)
         unit, units = tl.exp2(unit_exponent), tl.exp2(-unit_exponent)
         coarse, fine = (), ()
         norm, rest = tl.zeros((PIXELS,), tl.float32), tl.zeros((PIXELS,), tl.float32)
-        for f in tl.static_range(len(SETS[s])):
-            channel = features[SETS[s][f][1]] + (n * CHANNELS[SETS[s][f][1]] + SETS[s][f][2]) * height * width
-            g = tl.load(channel + own, mask=inside, other=0.0) * factors[SETS[s][f][0]][SETS[s][f][1]]
+        for f in tl.static_range(3 * s, 3 * s + 3):
+            g = tl.zeros((PIXELS,), tl.float32)
+            if FEATURE[f] >= 0:
+                channel = features[FEATURE[f]] + (n * CHANNELS[FEATURE[f]] + CHANNEL[f]) * height * width
+                g = tl.load(channel + own, mask=inside, other=0.0) * factors[f]
             h = ((g * units + 12582912.0) - 12582912.0) * unit  # 1.5 2^23 rounds to whole numbers
             half = (g - h).to(tl.float16)
             coarse, fine = coarse + (h.to(tl.float16),), fine + (half,)
             norm += h * h
             rest += (2 * h + half.to(tl.float32)) * half.to(tl.float32)
         one = tl.full((PIXELS,), 1.0, tl.float16)
-        for _ in tl.static_range(len(SETS[s]), 3):
-            coarse, fine = coarse + (0 * one,), fine + (0 * one,)
         norm_high = (norm * (1 / NORM)).to(tl.float16)
         norm_low = (norm - norm_high.to(tl.float32) * NORM).to(tl.float16)
         rest_high = rest.to(tl.float16)
@@ -130,7 +134,7 @@ def pack(
     start = values + n * stride_n + (y.to(OFFSET) * stride_y + x.to(OFFSET) * stride_x)[:, None]
     columns = ()
     for b in tl.static_range(len(BLOCKS)):
-        c = (tl.arange(0, BLOCKS[b][1]) + BLOCKS[b][0])[None, :]
+        c = (tl.arange(0, BLOCKS[b]) + FIRST[b])[None, :]
         mask = inside[:, None] & (c < COUNT)
         value = tl.load(start + c.to(OFFSET) * stride_c, mask=mask, other=0.0).to(tl.float32)
         columns = columns + (tl.where(c < COUNT, value, float("-inf")) if SOFTMAX else value,)
@@ -139,10 +143,10 @@ def pack(
         columns = _softmax(columns, scale)
     else:
         scale = tl.exp2(-_value_exponent(largest_value, ONES) + LARGEST_VALUE)
-    high: tl.constexpr = (len(SETS) + GATED) * SLOTS
+    high: tl.constexpr = (N_SETS + GATED) * SLOTS
     low: tl.constexpr = (RECORD + high) // 2
     for b in tl.static_range(len(BLOCKS)):
-        c = (tl.arange(0, BLOCKS[b][1]) + BLOCKS[b][0])[None, :]
+        c = (tl.arange(0, BLOCKS[b]) + FIRST[b])[None, :]
         value = columns[b] if SOFTMAX else columns[b] * scale
         if ONES:
             value = tl.where(c == COUNT, tl.where(inside, scale, 0.0)[:, None], value)
@@ -164,7 +168,7 @@ def pack(
             s_high, s_low, d_high, d_low, s_high, d_high, none, none,
             none, none, none, none, none, none, none, none, PIXELS,
         )  # fmt: skip
-        tl.store(record + len(SETS) * SLOTS + tl.arange(0, SLOTS)[None, :], slots, mask=written)
+        tl.store(record + N_SETS * SLOTS + tl.arange(0, SLOTS)[None, :], slots, mask=written)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         offset = tl.arange(0, ROWS) - ROWS // 2
         for m in tl.static_range(len(LINEAR)):
@@ -247,10 +251,12 @@ def sum_tile(
     MODE: tl.constexpr,
     RESULT: tl.constexpr,
     SETS: tl.constexpr,
+    FIRST_SET: tl.constexpr,
     N_SETS: tl.constexpr,
     GATED: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCKS: tl.constexpr,
+    FIRST: tl.constexpr,
     RECORD: tl.constexpr,
     RADIUS: tl.constexpr,
     MARGIN: tl.constexpr,
@@ -299,15 +305,15 @@ def sum_tile(
         gate = tl.dot(mine, tl.load(partner + 2 * SLOTS * SLOTS)).to(tl.float16)
     sums = ()
     for b in tl.static_range(len(BLOCKS)):
-        sums = sums + (tl.zeros((PIXELS, BLOCKS[b][1]), tl.float32),)
+        sums = sums + (_zeros(PIXELS, BLOCKS[b]),)
     if UNROLL:
         for chunk in tl.static_range(0, TILE_X + 2 * RADIUS, KEYS):
             along_x = _along_x(log2_weights, xy, key + (chunk - RADIUS), px, SETS, RADIUS)
             for row in tl.static_range(TILE_Y + 2 * RADIUS):
                 sums = _sum_row(
                     sums, row, records + chunk * RECORD + row * line * RECORD, along_y, along_x, coarse, fine, gate,
-                    key + (chunk - RADIUS), px, py, SETS, N_SETS, GATED, SPLIT,
-                    (row >= RADIUS) & (row < RADIUS + TILE_Y), BLOCKS, RECORD, RADIUS, ROWS,
+                    key + (chunk - RADIUS), px, py, SETS, FIRST_SET, N_SETS, GATED, SPLIT,
+                    (row >= RADIUS) & (row < RADIUS + TILE_Y), BLOCKS, FIRST, RECORD, RADIUS, ROWS,
                 )  # fmt: skip
     else:
         for chunk in range(0, TILE_X + 2 * RADIUS, KEYS):
@@ -315,7 +321,8 @@ def sum_tile(
             for row in range(TILE_Y + 2 * RADIUS):
                 sums = _sum_row(
                     sums, row, records + chunk * RECORD + row * line * RECORD, along_y, along_x, coarse, fine, gate,
-                    key + (chunk - RADIUS), px, py, SETS, N_SETS, GATED, SPLIT, True, BLOCKS, RECORD, RADIUS, ROWS,
+                    key + (chunk - RADIUS), px, py, SETS, FIRST_SET, N_SETS, GATED, SPLIT, True, BLOCKS, FIRST, RECORD,
+                    RADIUS, ROWS,
                 )  # fmt: skip
 
     inside = (py < TILE_Y) & (y0 + py < height) & (x0 + px < width)
@@ -335,7 +342,7 @@ def sum_tile(
             energy, top = _sum_without_largest(sums)
             mean = tl.zeros((PIXELS,), tl.float32)
         for b in tl.static_range(len(BLOCKS)):
-            c = (tl.arange(0, BLOCKS[b][1]) + BLOCKS[b][0])[None, :]
+            c = (tl.arange(0, BLOCKS[b]) + FIRST[b])[None, :]
             value = records + (own * RECORD)[:, None] + (c + high)
             p = tl.load(value).to(tl.float32)
             if SPLIT:
@@ -352,7 +359,7 @@ def sum_tile(
         tl.store(energies + program, tl.sum(tl.where(inside, energy * scale, 0.0)))
     if RESULT:
         for b in tl.static_range(len(BLOCKS)):
-            c = (tl.arange(0, BLOCKS[b][1]) + BLOCKS[b][0])[None, :]
+            c = (tl.arange(0, BLOCKS[b]) + FIRST[b])[None, :]
             if MODE == "product":
                 value = sums[b] * scale
             elif MODE == "probabilities":
@@ -363,13 +370,18 @@ def sum_tile(
 
 
 @triton.jit
+def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.zeros((ROWS, COLUMNS), tl.float32)
+
+
+@triton.jit
 def _along_x(log2_weights, xy, column, px, SETS: tl.constexpr, RADIUS: tl.constexpr):
     # for every kernel its weight and term along x [PIXELS, KEYS], as a power of two if it has no features
     dx = column.to(tl.float32)[None, :] - px.to(tl.float32)[:, None]
     terms = ()
     for m in tl.static_range(len(SETS)):
         term = tl.where(tl.abs(dx) <= RADIUS, log2_weights[m] - xy[m] * (dx * dx), float("-inf"))
-        terms = terms + (tl.exp2(term) if len(SETS[m]) == 0 else term,)
+        terms = terms + (tl.exp2(term) if SETS[m] == 0 else term,)
     return terms
 
 
@@ -402,11 +414,13 @@ def _sum_row(
     px,
     py,
     SETS: tl.constexpr,
+    FIRST_SET: tl.constexpr,
     N_SETS: tl.constexpr,
     GATED: tl.constexpr,
     SPLIT: tl.constexpr,
     SELF: tl.constexpr,
     BLOCKS: tl.constexpr,
+    FIRST: tl.constexpr,
     RECORD: tl.constexpr,
     RADIUS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -417,10 +431,13 @@ def _sum_row(
     low: tl.constexpr = (RECORD + high) // 2
     operand = records + key[None, :] * RECORD + slot[:, None]  # [SLOTS, KEYS]
     level = along_y - py + (row + (ROWS // 2 - RADIUS))  # [PIXELS]
-    kernel = _kernel(0, operand, level, along_x, coarse, fine, row, column, px, py, SETS, SELF, RADIUS)
+    kernel = _kernel(
+        operand, level, along_x[0], coarse, fine, row, column, px, py, SETS[0], FIRST_SET[0], SELF, RADIUS
+    )  # fmt: skip
     for m in tl.static_range(1, len(SETS)):
         kernel += _kernel(
-            m, operand, level + m * ROWS, along_x, coarse, fine, row, column, px, py, SETS, SELF, RADIUS
+            operand, level + m * ROWS, along_x[m], coarse, fine, row, column, px, py, SETS[m], FIRST_SET[m], SELF,
+            RADIUS,
         )  # fmt: skip
     if GATED:
         kernel *= tl.dot(gate, tl.load(operand + N_SETS * SLOTS))
@@ -428,7 +445,7 @@ def _sum_row(
     kernel_low = (kernel - kernel_high.to(tl.float32)).to(tl.float16)
     updated = ()
     for b in tl.static_range(len(BLOCKS)):
-        value = records + key[:, None] * RECORD + (tl.arange(0, BLOCKS[b][1]) + BLOCKS[b][0])[None, :]
+        value = records + key[:, None] * RECORD + (tl.arange(0, BLOCKS[b]) + FIRST[b])[None, :]
         value_high = tl.load(value + high)
         total = tl.dot(kernel_high, value_high, sums[b])
         if SPLIT:
@@ -440,10 +457,9 @@ def _sum_row(
 
 @triton.jit
 def _kernel(
-    M: tl.constexpr,
     operand,
     level,
-    along_x,
+    term,
     coarse,
     fine,
     row,
@@ -451,23 +467,22 @@ def _kernel(
     px,
     py,
     SETS: tl.constexpr,
+    FIRST_SET: tl.constexpr,
     SELF: tl.constexpr,
     RADIUS: tl.constexpr,
 ):
-    # kernel M between the pixels of a tile and KEYS others [PIXELS, KEYS]
-    linear: tl.constexpr = len(SETS[M]) == 0
-    term = along_x[M]
+    # one kernel between the pixels of a tile and KEYS others [PIXELS, KEYS], from its term along x
     if SELF:
-        apart = tl.where(column[None, :] == px[:, None], 0.0 if linear else float("-inf"), term)
+        apart = tl.where(column[None, :] == px[:, None], 0.0 if SETS == 0 else float("-inf"), term)
         term = tl.where((py == row - RADIUS)[:, None], apart, term)
-    if linear:
+    if SETS == 0:
         term *= tl.load(level)[:, None]
     else:
         term += tl.load(level)[:, None]
-        for s in tl.static_range(len(SETS[M])):
-            term = tl.dot(coarse[SETS[M][s]], tl.load(operand + SETS[M][s] * SLOTS), term)
-        for s in tl.static_range(len(SETS[M])):
-            term = tl.dot(fine[SETS[M][s]], tl.load(operand + SETS[M][s] * SLOTS), term)
+        for s in tl.static_range(FIRST_SET, FIRST_SET + SETS):
+            term = tl.dot(coarse[s], tl.load(operand + s * SLOTS), term)
+        for s in tl.static_range(FIRST_SET, FIRST_SET + SETS):
+            term = tl.dot(fine[s], tl.load(operand + s * SLOTS), term)
         term = tl.exp2(term)
     return term
 
@@ -485,6 +500,7 @@ def sum_offsets(
     plane,
     height,
     width,
+    KERNELS: tl.constexpr,
     CHANNELS: tl.constexpr,
     USED: tl.constexpr,
     GATED: tl.constexpr,
@@ -496,8 +512,8 @@ def sum_offsets(
 
     Grid (ceil(H W / PIXELS), ceil(columns / COLUMNS), N). A program owns COLUMNS columns of PIXELS pixels. Reads values
     [N, columns, H, W], features [N, F, H, W], the gates [N, H, W] and log2_kernels [kernels, 2 RADIUS + 1,
-    2 RADIUS + 1], the weight and xy term of every offset, -inf for a pixel with itself; USED has, for every kernel, its
-    features. Writes result [N, columns, H, W], summed offset by offset.
+    2 RADIUS + 1], the weight and xy term of every offset, -inf for a pixel with itself; USED says, for
+    every kernel, which features it has. Writes result [N, columns, H, W], summed offset by offset.
     """
     dtype: tl.constexpr = values.dtype.element_ty
     n = tl.program_id(2).to(tl.int64)
@@ -514,17 +530,18 @@ def sum_offsets(
             met = inside & (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width)
             other = own + dy * width + dx
             kernel = tl.zeros((PIXELS,), dtype)
-            for m in tl.static_range(len(USED)):
+            for m in tl.static_range(KERNELS):
                 offset = (m * (2 * RADIUS + 1) + dy + RADIUS) * (2 * RADIUS + 1) + dx + RADIUS
                 exponent = tl.zeros((PIXELS,), dtype) + tl.load(log2_kernels + offset)
-                for u in tl.static_range(len(USED[m])):
-                    factor = tl.load(factors + m * len(CHANNELS) + USED[m][u])
-                    channel = features[USED[m][u]] + n * CHANNELS[USED[m][u]] * plane
-                    for _ in range(CHANNELS[USED[m][u]]):
-                        difference = tl.load(channel + other, mask=met, other=0.0)
-                        difference = (difference - tl.load(channel + own, mask=met, other=0.0)) * factor
-                        exponent -= difference * difference
-                        channel += plane
+                for f in tl.static_range(m * len(CHANNELS), (m + 1) * len(CHANNELS)):
+                    if USED[f]:
+                        factor = tl.load(factors + f)
+                        channel = features[f % len(CHANNELS)] + n * CHANNELS[f % len(CHANNELS)] * plane
+                        for _ in range(CHANNELS[f % len(CHANNELS)]):
+                            difference = tl.load(channel + other, mask=met, other=0.0)
+                            difference = (difference - tl.load(channel + own, mask=met, other=0.0)) * factor
+                            exponent -= difference * difference
+                            channel += plane
                 kernel += tl.exp2(exponent)
             if GATED:
                 gate = tl.load(source + other, mask=met, other=0.0) * tl.load(destination + own, mask=met, other=0.0)

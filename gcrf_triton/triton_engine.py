@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -11,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
 
 from . import kernels
 from .tuning import Config, Key, choose_config
@@ -36,8 +38,8 @@ def unavailable(device: torch.device) -> str | None:
 
 def fits(input: Tensor, features: Sequence[Tensor], sigmas: Sequence[float]) -> bool:
     """Whether tiles can do a problem: not in float64, with few enough classes and features for the registers."""
-    sets, _ = _feature_sets(features, sigmas)
-    return input.dtype != torch.float64 and input.shape[1] < LARGEST_COLUMNS and len(sets) <= LARGEST_SETS
+    _, sets = _feature_slots(features, sigmas)
+    return input.dtype != torch.float64 and input.shape[1] < LARGEST_COLUMNS and sum(sets) <= LARGEST_SETS
 
 
 def potts_energy(
@@ -91,27 +93,25 @@ def apply_pairwise(
     return result if both_ends else 0.5 * result
 
 
-def _feature_sets(
+def _feature_slots(
     features: Sequence[Tensor], sigmas: Sequence[float]
-) -> tuple[tuple[tuple[tuple[int, int, int], ...], ...], tuple[tuple[int, ...], ...]]:
-    # the channels that kernels look at, (kernel, feature, channel), in sets of three, and whose sets are which
-    sets: list[tuple[tuple[int, int, int], ...]] = []
-    of_kernel = []
-    width = 1 + len(features)
-    for m in range(len(sigmas) // width):
-        used = [f for f in range(len(features)) if sigmas[m * width + 1 + f]]
-        channels = [(m, f, channel) for f in used for channel in range(features[f].shape[1])]
-        first = len(sets)
-        sets += [tuple(channels[start : start + CHANNELS]) for start in range(0, len(channels), CHANNELS)]
-        of_kernel.append(tuple(range(first, len(sets))))
-    return tuple(sets), tuple(of_kernel)
+) -> tuple[list[tuple[int, int, float]], tuple[int, ...]]:
+    # the channels that kernels look at, (feature, channel, factor), in sets of three (-1 fills them up), and how many
+    # sets each kernel has
+    slots: list[tuple[int, int, float]] = []
+    sets = []
+    for row in _factors(features, sigmas):
+        channels = [(f, channel, row[f]) for f in range(len(row)) if row[f] for channel in range(features[f].shape[1])]
+        sets.append(triton.cdiv(len(channels), CHANNELS))
+        slots += channels + [(-1, 0, 0.0)] * (CHANNELS * sets[-1] - len(channels))
+    return slots, tuple(sets)
 
 
-def _factors(features: Sequence[Tensor], sigmas: Sequence[float]) -> tuple[tuple[float, ...], ...]:
+def _factors(features: Sequence[Tensor], sigmas: Sequence[float]) -> list[list[float]]:
     # one row a kernel, one factor of a feature, so that exponents to base 2 lose the square of the difference
     width = 1 + len(features)
     factors = [math.sqrt(HALF_LOG2_E) / sigma if sigma else 0.0 for sigma in sigmas]
-    return tuple(tuple(factors[row + 1 : row + width]) for row in range(0, len(sigmas), width))
+    return [factors[row + 1 : row + width] for row in range(0, len(sigmas), width)]
 
 
 def _sum_tiles(
@@ -128,9 +128,9 @@ def _sum_tiles(
     # Fills the result, unless it is empty, and returns the energies of the tiles.
     batch, count, height, width = values.shape
     device, gated, split = values.device, source is not None, values.dtype == torch.float32
-    sets, of_kernel = _feature_sets(features, sigmas)
+    slots, sets = _feature_slots(features, sigmas)
     blocks = _column_blocks(count + (mode == "probabilities"))
-    columns = sum(size for _, size in blocks)
+    columns = sum(blocks)
     config = choose_config(problem_key(values, features, sigmas, radius, gated, mode))
     xy = tuple(HALF_LOG2_E / sigma**2 if sigma else 0.0 for sigma in sigmas[:: 1 + len(features)])
     # kernels, times s d' + d s' < 2 of scaled gates, end below 2^LARGEST_KERNEL
@@ -141,7 +141,7 @@ def _sum_tiles(
     halo = triton.cdiv(config.tile_x + 2 * radius, 16) * 16
     pitch = triton.cdiv((tiles_x - 1) * config.tile_x + margin - radius + halo, 16) * 16
     rows = triton.next_power_of_2(2 * (radius + config.pixels // config.tile_x + 1))
-    record = (len(sets) + gated) * 16 + columns * (1 + split)
+    record = (sum(sets) + gated) * 16 + columns * (1 + split)
     wide = max(_reach(values), _reach(result)) >= 2**31
 
     features = [feature.contiguous() for feature in features]
@@ -155,10 +155,11 @@ def _sum_tiles(
     images, tile_rows = _chunk(batch, tiles_y, config.tile_y, 2 * radius, pitch * record * 2)
     padded_height = tile_rows * config.tile_y + 2 * radius
     records = torch.empty(images, padded_height, pitch, record, dtype=torch.float16, device=device)
-    shared = {"SPLIT": split, "GATED": gated, "BLOCKS": blocks, "RECORD": record, "RADIUS": radius, "MARGIN": margin}
+    shared = {"SPLIT": split, "GATED": gated, "N_SETS": sum(sets), "RECORD": record, "RADIUS": radius, "MARGIN": margin}
+    shared |= {"BLOCKS": blocks, "FIRST": tuple(itertools.accumulate(blocks, initial=0))[:-1]}
     shared |= {"ROWS": rows, "COUNT": count, "OFFSET": tl.int64 if wide else tl.int32}
     done = 0
-    with _current(device), _naming(config):
+    with _current(device), _naming(config, device):
         for first, last, top, bottom in _chunks(batch, tiles_y, images, tile_rows):
             part = slice(first, last)
             tile_grid = (tiles_x, bottom - top, last - first)
@@ -168,7 +169,7 @@ def _sum_tiles(
                 largest_value,
                 tuple(feature[part] for feature in features),
                 largest_features,
-                _factors(features, sigmas),
+                tuple(factor for _, _, factor in slots),
                 gates[0][part] if gated else values,
                 gates[1][part] if gated else values,
                 largest_gates,
@@ -182,9 +183,10 @@ def _sum_tiles(
                 chunk_height,
                 pitch,
                 *values.stride(),
-                SETS=sets,
+                FEATURE=tuple(feature for feature, _, _ in slots),
+                CHANNEL=tuple(channel for _, channel, _ in slots),
                 CHANNELS=tuple(feature.shape[1] for feature in features),
-                LINEAR=tuple(not indices for indices in of_kernel),
+                LINEAR=tuple(count == 0 for count in sets),
                 SOFTMAX=mode == "logits",
                 ONES=mode == "probabilities",
                 PIXELS=config.pack,
@@ -211,13 +213,13 @@ def _sum_tiles(
                 *(result.stride() if result.dim() == 4 else (0, 0, 0, 0)),
                 MODE=mode,
                 RESULT=result.numel() > 0,
-                SETS=of_kernel,
-                N_SETS=len(sets),
+                SETS=sets,
+                FIRST_SET=tuple(itertools.accumulate(sets, initial=0))[:-1],
                 TILE_Y=config.tile_y,
                 TILE_X=config.tile_x,
                 PIXELS=config.pixels,
                 UNROLL=config.unroll,
-                num_warps=1,
+                num_warps=config.num_warps,
                 num_stages=1,
                 **shared,
             )
@@ -229,29 +231,26 @@ def problem_key(
     values: Tensor, features: Sequence[Tensor], sigmas: Sequence[float], radius: int, gated: bool, mode: str
 ) -> Key:
     """What the configuration of a problem is chosen by; `mode` as for `kernels.sum_tile`."""
-    _, of_kernel = _feature_sets(features, sigmas)
-    sets = tuple(len(indices) for indices in of_kernel)
+    _, sets = _feature_slots(features, sigmas)
     pixels = values.shape[0] * values.shape[2] * values.shape[3]
     dtype = str(values.dtype).removeprefix("torch.")
     columns = triton.cdiv(values.shape[1] + (mode == "probabilities"), 8) * 8
-    return Key(_device_name(values.device), columns, sets, gated, radius, dtype, round(math.log2(pixels)))
+    return Key(*_device_and_arch(values.device), columns, sets, gated, radius, dtype, round(math.log2(pixels)))
 
 
 @functools.cache
-def _device_name(device: torch.device) -> str:
-    if device.type in ("cpu", "meta"):
-        return device.type
-    return torch.get_device_module(device).get_device_name(device)
+def _device_and_arch(device: torch.device) -> tuple[str, str]:
+    if triton.knobs.runtime.interpret or device.type == "meta":
+        return device.type, device.type
+    arch = triton.runtime.driver.active.get_current_target().arch
+    name = device.type if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
+    return name, f"sm_{arch}" if isinstance(arch, int) else str(arch)
 
 
-def _column_blocks(columns: int) -> tuple[tuple[int, int], ...]:
-    # (first, size): powers of two, which together are the columns rounded up to eights
-    blocks, first, rest = [], 0, triton.cdiv(columns, 8) * 8
-    for size in (64, 32, 16, 8):
-        if rest & size:
-            blocks.append((first, size))
-            first += size
-    return tuple(blocks)
+def _column_blocks(columns: int) -> tuple[int, ...]:
+    # powers of two that add up to the columns, rounded up to eights
+    rest = triton.cdiv(columns, 8) * 8
+    return tuple(size for size in (64, 32, 16, 8) if rest & size)
 
 
 def _largest(tensors: Sequence[Tensor]) -> Tensor:
@@ -286,11 +285,14 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 @contextlib.contextmanager
-def _naming(config: Config | None) -> Iterator[None]:
+def _naming(config: Config, device: torch.device) -> Iterator[None]:
     try:
         yield
-    except (triton.CompilationError, triton.runtime.errors.OutOfResources) as error:
-        raise RuntimeError(f"{config} does not compile or fit: {error}") from error
+    except TritonError as error:
+        raise RuntimeError(
+            f"{config} cannot run on {' '.join(_device_and_arch(device))}: {type(error).__name__}: {error}\n"
+            "gcrf_triton.tuning.use_config chooses another configuration, and impl='torch' needs none"
+        ) from error
 
 
 def _sum_offsets(
@@ -313,7 +315,9 @@ def _sum_offsets(
         ]
     )
     log2_kernels[:, radius, radius] = -math.inf
-    factors = torch.tensor(_factors(features, sigmas), dtype=dtype).to(device)
+    # filled on the device, as a copy from the host would wait for it
+    factors = list(itertools.chain(*_factors(features, sigmas)))
+    device_factors = [torch.full((1,), factor, dtype=dtype, device=device) for factor in factors]
     result = torch.empty_like(values)
     pixels, block = 128, min(triton.next_power_of_2(columns), 16)
     with _current(device):
@@ -322,7 +326,7 @@ def _sum_offsets(
             kernels.sum_offsets[(triton.cdiv(height * width, pixels), triton.cdiv(columns, block), len(values[part]))](
                 values[part],
                 tuple(feature[part].contiguous() for feature in features),
-                factors,
+                torch.cat(device_factors) if factors else values,
                 values if source is None else source[part].contiguous(),
                 values if destination is None else destination[part].contiguous(),
                 log2_kernels,
@@ -332,7 +336,8 @@ def _sum_offsets(
                 height,
                 width,
                 CHANNELS=tuple(feature.shape[1] for feature in features),
-                USED=tuple(tuple(f for f in range(row - 1) if sigmas[m * row + 1 + f]) for m in range(len(weights))),
+                KERNELS=len(weights),
+                USED=tuple(factor != 0 for factor in factors),
                 GATED=source is not None,
                 RADIUS=radius,
                 COLUMNS=block,

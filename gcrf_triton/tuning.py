@@ -30,6 +30,7 @@ class Config:
         tile_y, tile_x: pixels that a program multiplies by their halo.
         pack: pixels that a program packs, a power of two.
         unroll: write out the steps through the halo instead of looping over them.
+        num_warps: of a program that multiplies, a power of two.
 
     Raises:
         TypeError, ValueError: for what cannot be launched.
@@ -39,9 +40,10 @@ class Config:
     tile_x: int = 6
     pack: int = 128
     unroll: bool = True
+    num_warps: int = 1
 
     def __post_init__(self) -> None:
-        for name, kind in (("tile_y", int), ("tile_x", int), ("pack", int), ("unroll", bool)):
+        for name, kind in (("tile_y", int), ("tile_x", int), ("pack", int), ("unroll", bool), ("num_warps", int)):
             value = getattr(self, name)
             if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
                 raise TypeError(f"{name}: expected {kind.__name__}, got {type(value).__name__}")
@@ -54,6 +56,8 @@ class Config:
             )
         if self.pack not in (32, 64, 128, 256):
             raise ValueError(f"pack: expected 32, 64, 128 or 256, got {self.pack}")
+        if self.num_warps not in (1, 2, 4, 8):
+            raise ValueError(f"num_warps: expected 1, 2, 4 or 8, got {self.num_warps}")
 
     @property
     def pixels(self) -> int:
@@ -74,6 +78,7 @@ class Key:
     """What a configuration is chosen by: device, value columns, sets of features of every kernel, and the rest."""
 
     device: str
+    arch: str
     columns: int
     sets: tuple[int, ...]
     gated: bool
@@ -84,7 +89,8 @@ class Key:
     def __str__(self) -> str:
         sets = "+".join(map(str, self.sets))
         gates = "gates" if self.gated else "no gates"
-        return f"{self.columns} columns, {sets} sets, {gates}, radius {self.radius}, {self.dtype}, 2^{self.log2_pixels}"
+        problem = f"{self.columns} columns, {sets} sets, {gates}, radius {self.radius}, {self.dtype}"
+        return f"{self.arch}, {problem}, 2^{self.log2_pixels} pixels"
 
 
 _forced: contextvars.ContextVar[Config | None] = contextvars.ContextVar("gcrf_triton_config", default=None)
@@ -119,6 +125,10 @@ def space(key: Key) -> list[Config]:
         tiles = [Config(pixels // tile_x, tile_x, pack) for tile_x in range(1, pixels + 1)]
         tiles = [tile for tile in tiles if tile.pixels == pixels]
         for tile in sorted(tiles, key=lambda tile: tile.cost(key.radius))[:3]:
+            if key.arch.startswith("sm_7"):
+                # Triton has no tensor-core products there: more threads share what products otherwise take
+                configs += [dataclasses.replace(tile, unroll=False, num_warps=warps) for warps in (2, 4)]
+                continue
             unrolled = (True, False) if tile.steps(key.radius) <= MOST_UNROLLED else (False,)
             configs += [dataclasses.replace(tile, unroll=unroll) for unroll in unrolled]
     return configs
@@ -127,7 +137,8 @@ def space(key: Key) -> list[Config]:
 def _registers(config: Config, key: Key) -> float:
     # a warp's 32 threads hold the sums, and for every kernel exponents, for every set two operands, of their pixels
     per_pixel = key.columns + 16 * len(key.sets) + 24 * sum(key.sets) + 16 * key.gated
-    return 60 + per_pixel * config.pixels / 32
+    scarce = 2 if key.arch.startswith("sm_7") else 1
+    return 60 + scarce * per_pixel * config.pixels / 32 / config.num_warps
 
 
 def cache_folder() -> pathlib.Path:

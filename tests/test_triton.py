@@ -190,7 +190,9 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, tuning.Config(pack=32), tuning.Config(pack=256)], ids=str)
+@pytest.mark.parametrize(
+    "config", [*CONFIGS, tuning.Config(pack=32), tuning.Config(pack=256), tuning.Config(num_warps=4)], ids=str
+)
 def test_every_configuration_gives_the_same_answer(config):
     problem = make_problem((1, 4, 17, 19), KERNELS["official pair"], 3, "s", dtype=torch.float32)
     with tuning.use_config(config):

@@ -12,7 +12,7 @@ from gcrf_triton import gated_crf_loss, tuning
 from gcrf_triton.__main__ import main
 from gcrf_triton.tuning import Config, Key
 
-KEY = Key("NVIDIA Imaginary 9000", 24, (1,), False, 5, "float32", 18)
+KEY = Key("NVIDIA Imaginary 9000", "sm_990", 24, (1,), False, 5, "float32", 18)
 OTHER = Config(4, 4, 64, False)
 
 
@@ -48,15 +48,9 @@ def test_the_ladder(tmp_path, monkeypatch):
 
 def test_a_problem_only_gets_its_own():
     tuning.remember(KEY, OTHER)
-    for change in (
-        {"device": "other"},
-        {"columns": 32},
-        {"sets": (1, 0)},
-        {"gated": True},
-        {"radius": 6},
-        {"dtype": "float16"},
-    ):
-        assert tuning.choose_config(Key(**{**KEY.__dict__, **change})) != OTHER
+    changes = {"device": "other", "arch": "sm_80", "columns": 32, "sets": (1, 0), "gated": True, "radius": 6}
+    for field, value in changes.items():
+        assert tuning.choose_config(dataclasses.replace(KEY, **{field: value})) != OTHER
 
 
 @pytest.mark.parametrize(
@@ -108,7 +102,8 @@ def test_writers_at_once_leave_whole_files(tmp_path):
         (TypeError, "unroll: expected bool, got int", {"unroll": 1}),
         (ValueError, "expected a tile of 1 to 128 pixels, got 0 x 6", {"tile_y": 0}),
         (ValueError, "expected a tile of 1 to 128 pixels, got 50 x 6", {"tile_y": 50}),
-        (ValueError, "expected to fill 16 pixels, got 1 x 8", {"tile_y": 1, "tile_x": 8}),
+        (ValueError, "expected to fill 16 pixels, got 1 x 5", {"tile_y": 1, "tile_x": 5}),
+        (ValueError, "num_warps: expected 1, 2, 4 or 8, got 3", {"num_warps": 3}),
         (ValueError, "pack: expected 32, 64, 128 or 256, got 100", {"pack": 100}),
     ],
 )
@@ -126,7 +121,7 @@ def test_configurations_are_frozen():
 @pytest.mark.parametrize("sets", [(0,), (1,), (1, 0), (2, 1), (3, 3)])
 @pytest.mark.parametrize("radius", [1, 3, 5, 16, 100])
 def test_there_is_always_a_configuration(radius, sets, columns):
-    key = Key("any", columns, sets, True, radius, "float32", 20)
+    key = Key("any", "sm_90", columns, sets, True, radius, "float32", 20)
     config = tuning.heuristic(key)
     assert config in tuning.space(key) and len(set(tuning.space(key))) == len(tuning.space(key))
     assert config.tile_y * config.tile_x >= 0.8 * config.pixels

@@ -1,0 +1,71 @@
+"""Promise: the kernels compile for every target, without spills and within its shared memory, at the stated cost."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
+SHARED = {"sm_75": 65536, "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448}
+SHARED |= {"sm_120": 101376, "gfx942": 65536, "gfx1100": 65536}
+
+pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="Triton compiles on Linux only")
+
+
+def compiled(*cases):
+    """Rows of `bench.static_cost.rows_of` for cases (target, problem), compiled where nothing is interpreted."""
+    program = (
+        "import json, sys, torch\n"
+        "from bench.static_cost import rows_of\n"
+        "for target, problem in json.loads(sys.argv[1]):\n"
+        "    problem['dtype'] = getattr(torch, problem['dtype'])\n"
+        "    print(json.dumps(rows_of(target, **problem)))\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_DEFAULT_FP_FUSION"] = "1"
+    command = [sys.executable, "-c", program, json.dumps(cases)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert not run.returncode, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def assert_fits(rows, target):
+    for row in rows:
+        if row["kernel"] != "together":
+            assert row["spilled_bytes"] == 0, row
+            assert row["shared_bytes"] <= SHARED[target], row
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_spills_and_little_shared_memory(target):
+    # small windows, as those unroll into what compiles in seconds; the next test has the large one
+    logits = {"shape": [1, 21, 512, 512], "radius": 2, "gated": True, "dtype": "float32"}
+    halves = logits | {"gated": False, "dtype": "bfloat16"}
+    probabilities = logits | {"shape": [2, 4, 60, 80], "radius": 16, "from_logits": False}
+    doubles = probabilities | {"dtype": "float64"}
+    for rows in compiled(*((target, problem) for problem in (logits, halves, probabilities, doubles))):
+        assert_fits(rows, target)
+
+
+def test_the_cost_of_the_paper_s_problem():
+    problem = {"shape": [1, 21, 512, 512], "radius": 5}
+    limits = {("float16", False): 22, ("float16", True): 26.4, ("float32", False): 34, ("float32", True): 40.8}
+    cases = [("sm_90", problem | {"dtype": dtype, "gated": gated}) for dtype, gated in limits]
+    for limit, rows in zip(limits.values(), compiled(*cases), strict=True):
+        together = rows[-1]
+        assert together["kernel"] == "together" and together["exp2_clocks"] < together["issue_clocks"] <= limit
+        for row in rows[:-1]:
+            assert row["spilled_bytes"] == 0 and row["wide_loads"] >= 0.5 * row["loads"]
+
+
+def test_cost_grows_slower_than_classes_and_no_faster_than_the_halo():
+    def problem(classes, radius):
+        return ("sm_90", {"shape": [1, classes, 512, 512], "radius": radius, "dtype": "float16"})
+
+    rows = compiled(problem(16, 3), problem(32, 3), problem(63, 3), problem(21, 2), problem(21, 4))
+    few, more, many, narrow, wide = (row[-1]["instructions"] for row in rows)
+    assert few < more < 2 * few and more < many < 2 * more
+    assert wide / narrow <= (5 + 2 * 4) ** 2 / (5 + 2 * 2) ** 2
