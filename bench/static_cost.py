@@ -1,9 +1,9 @@
 """`python -m bench.static_cost`: what the Triton kernels cost, from compilation alone. Needs Triton, but no GPU.
 
 The launches of one loss and its gradient are recorded on tensors without memory, compiled for a target as Triton would
-compile them there, and the instructions of the machine code counted: those a warp executes, divided by the pixels its
-program owns. Clocks are a model, not a measurement: a streaming multiprocessor issues 4 warp instructions a clock and
-computes 16 powers of two (so a warp's 32 take 2), whatever the latencies.
+compile them there, and the instructions of the machine code counted: those that all warps execute, divided by the
+pixels of the image. Clocks are a model, not a measurement: a streaming multiprocessor issues 4 warp instructions a
+clock and computes 16 powers of two (so a warp's 32 take 2), whatever the latencies.
 """
 
 from __future__ import annotations

@@ -21,6 +21,12 @@ def _exponent_above(largest):
 
 
 @triton.jit
+def _half_span(span):
+    # of a smallest and a largest value
+    return 0.5 * tl.load(span + 1) - 0.5 * tl.load(span)
+
+
+@triton.jit
 def _value_exponent(largest_value, ONES: tl.constexpr):
     # e with every value, and the ones, if any, below 2^e
     largest = tl.load(largest_value)
@@ -32,7 +38,7 @@ def pack(
     values,
     largest_value,
     features,
-    largest_features,
+    spans,
     factors,
     source,
     destination,
@@ -75,8 +81,9 @@ def pack(
     [N, F, H, W] and the value columns [N, COUNT, H, W], any strides and dtype, and writes records
     [N, padded_height, pitch, RECORD]. Images lie MARGIN from the left and RADIUS from the top; the values around are 0.
 
-    A set g has three features of one kernel: FEATURE and CHANNEL say which (-1: none, 0), `factors` by what they are
-    multiplied. With u a power of two, g = h + l, h a multiple of u, |h| <= 2^10 u, and its 16 slots are
+    A set g has three features of one kernel: FEATURE and CHANNEL say which (-1: none, 0), `spans` between which values
+    they lie, from whose middle they are counted, and `factors` by what they are multiplied. With u a power of two,
+    g = h + l, h a multiple of u, |h| <= 2^10 u, and its 16 slots are
 
         h_0 h_1 h_2 l_0 l_1 l_2 a a' b b' 1024 1 1 l_0 l_1 l_2      |h|^2 = 1024 a + a',  2 h.l + |l|^2 = b + b'
 
@@ -105,7 +112,7 @@ def pack(
         bound = 0.0
         for f in tl.static_range(3 * s, 3 * s + 3):
             if FEATURE[f] >= 0:
-                bound = tl.maximum(tl.load(largest_features + FEATURE[f]) * factors[f], bound)
+                bound = tl.maximum(_half_span(spans + 2 * FEATURE[f]) * factors[f], bound)
         unit_exponent = tl.minimum(tl.maximum(_exponent_above(bound) - 10, -8.0), 2.0)
         unit, units = tl.exp2(unit_exponent), tl.exp2(-unit_exponent)
         coarse, fine = (), ()
@@ -114,7 +121,9 @@ def pack(
             g = tl.zeros((PIXELS,), tl.float32)
             if FEATURE[f] >= 0:
                 channel = features[FEATURE[f]] + (n * CHANNELS[FEATURE[f]] + CHANNEL[f]) * height * width
-                g = tl.load(channel + own, mask=inside, other=0.0) * factors[f]
+                centre = tl.load(spans + 2 * FEATURE[f]) + _half_span(spans + 2 * FEATURE[f])
+                g = (tl.load(channel + own, mask=inside, other=0.0) - centre) * factors[f]
+                g = tl.where(inside, g, 0.0)
             h = ((g * units + 12582912.0) - 12582912.0) * unit  # 1.5 2^23 rounds to whole numbers
             half = (g - h).to(tl.float16)
             coarse, fine = coarse + (h.to(tl.float16),), fine + (half,)

@@ -147,7 +147,7 @@ def _sum_tiles(
     features = [feature.contiguous() for feature in features]
     gates = [gate.contiguous() for gate in (source, destination) if gate is not None]
     largest_value = _largest([values]) if mode != "logits" else values
-    largest_features = _largest(features) if features else values
+    spans = torch.stack([torch.stack(torch.aminmax(feature)) for feature in features]) if features else values
     largest_gates = _largest(gates) if gated else values
     along_y = torch.empty(len(weights), rows, dtype=torch.float32, device=device)
     partners = torch.empty(3, 16, 16, dtype=torch.float16, device=device)
@@ -168,7 +168,7 @@ def _sum_tiles(
                 values[part],
                 largest_value,
                 tuple(feature[part] for feature in features),
-                largest_features,
+                spans,
                 tuple(factor for _, _, factor in slots),
                 gates[0][part] if gated else values,
                 gates[1][part] if gated else values,

@@ -187,7 +187,7 @@ def test_a_second_derivative():
 CONFIGS = [
     tuning.Config(tile_y, tile_x, 128, unroll)
     for (tile_y, tile_x), unroll in itertools.product([(5, 6), (4, 4), (8, 4), (2, 8), (3, 5)], [True, False])
-]
+] + [tuning.Config(pack=32), tuning.Config(pack=256), tuning.Config(num_warps=2), tuning.Config(4, 4, num_warps=4)]
 
 
 @pytest.mark.parametrize(
