@@ -84,7 +84,7 @@ def record_launches(
         triton_engine._device_and_arch = lambda device: (target, target)
         for name, kernel in originals.items():
             setattr(module, name, Recorder(kernel))
-        if triton_engine.fits(input, features, sigmas):
+        if triton_engine.fits(shape[1] + (not from_logits), dtype, features, sigmas):
             triton_engine.potts_energy(
                 input, *pairs, from_logits, torch.empty_like(input) if gradient else input.new_empty(0)
             )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import pathlib
 import platform
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tune.add_argument("--shape", type=int, nargs=4, default=[1, 21, 512, 512], metavar=("N", "C", "H", "W"))
     tune.add_argument("--dtype", default="float32", choices=DTYPES)
     tune.add_argument("--radius", type=int, default=5)
-    tune.add_argument("--kernels", type=json.loads, default=KERNELS, help="as JSON; default: the loss's")
+    tune.add_argument("--kernels", type=_json, default=KERNELS, help="as JSON; default: the loss's")
     tune.add_argument(
         "--channels", type=int, nargs="+", default=[3], help="of each modality the kernels name, in order"
     )
@@ -40,6 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except (TypeError, ValueError) as error:
         tune.error(str(error))
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected JSON, got {text!r}: {error}") from None
 
 
 def describe() -> None:
@@ -59,10 +68,17 @@ def describe() -> None:
         "device": f"cpu, {torch.get_num_threads()} threads" if device is None else str(device),
         "impl='auto'": select_engine("auto", device or torch.device("cpu")),
         "configurations": f"shipped for {', '.join(shipped) or 'no device yet'}; others are chosen by counting",
-        "cache": f"{folder}, {len(list(folder.glob('*/*.json')))} tuned problems",
+        "cache": f"{folder}, {_count_tuned(folder)}",
     }
     for name, value in rows.items():
         print(f"{name:15} {value}")
+
+
+def _count_tuned(folder: pathlib.Path) -> str:
+    try:
+        return f"{len(list(folder.glob('*/*.json')))} tuned problems"
+    except OSError as error:
+        return f"not readable ({error.strerror})"
 
 
 def find_configuration(
@@ -70,14 +86,20 @@ def find_configuration(
     dtype: torch.dtype,
     radius: int,
     kernels: Sequence[Mapping[str, float]],
-    channels: Sequence[int],
+    channels: Sequence[int] | None,
     gated: bool,
 ) -> tuning.Config:
     """Print how the configurations of a problem compare, best first, and keep the best of measured ones."""
     n, classes, height, width = shape
     names, _, sigmas = parse_kernels(kernels)
-    if len(channels) != len(names):
-        raise ValueError(f"channels: expected {len(names)} numbers, for {names}, got {list(channels)}")
+    channels = [3] * len(names) if channels is None else channels
+    if len(channels) != len(names) or min(channels, default=1) < 1:
+        raise ValueError(f"channels: expected {len(names)} numbers from 1, for {names}, got {list(channels)}")
+    if min(shape) < 1:
+        raise ValueError(f"shape: expected four numbers from 1, got {list(shape)}")
+    if radius < 1:
+        raise ValueError(f"radius: expected at least 1, got {radius}")
+    radius = min(radius, max(height, width) - 1)
     measured = torch.accelerator.is_available()
     device = torch.accelerator.current_accelerator() if measured else torch.device("meta")
     if measured and select_engine("auto", torch.device(str(device))) != "triton":
@@ -89,14 +111,14 @@ def find_configuration(
         name: torch.empty(n, count, height, width, device=device) for name, count in zip(names, channels, strict=True)
     }
     gate = torch.ones(n, height, width, device=device) if gated else None
-    if not triton_engine.fits(logits, list(features.values()), sigmas):
+    if not triton_engine.fits(classes, dtype, list(features.values()), sigmas):
         raise ValueError("shape, kernels: expected what a tile can do, got too many classes or channels to tune for")
     key = triton_engine.problem_key(logits, list(features.values()), sigmas, radius, gated, "logits")
 
     def milliseconds(config: tuning.Config) -> float:
         return _measure(config, logits, features, kernels, radius, gate)
 
-    cost = milliseconds if measured else lambda config: config.cost(radius)
+    cost = milliseconds if measured else lambda config: tuning.count(config, key)
     results = []
     print(key)
     print("milliseconds of loss and gradient" if measured else "rough instructions a pixel: counted, not measured")
@@ -107,6 +129,8 @@ def find_configuration(
             print(f"{'failed':>12}  {config}: {error}")
             continue
         print(f"{results[-1][0]:12.3f}  {config}")
+    if not results:
+        raise ValueError("shape, kernels: expected a problem that some configuration can run, got one that none can")
     best, config = min(results, key=lambda result: result[0])
     print(f"best: {config}")
     if measured:

@@ -21,16 +21,9 @@ def _exponent_above(largest):
 
 
 @triton.jit
-def _half_span(span):
+def _half_span(span, stride):
     # of a smallest and a largest value
-    return 0.5 * tl.load(span + 1) - 0.5 * tl.load(span)
-
-
-@triton.jit
-def _value_exponent(largest_value, ONES: tl.constexpr):
-    # e with every value, and the ones, if any, below 2^e
-    largest = tl.load(largest_value)
-    return _exponent_above(tl.maximum(largest, 1.0) if ONES else largest)
+    return 0.5 * tl.load(span + stride) - 0.5 * tl.load(span)
 
 
 @triton.jit
@@ -39,6 +32,7 @@ def pack(
     largest_value,
     features,
     spans,
+    stride_span,
     factors,
     source,
     destination,
@@ -78,7 +72,7 @@ def pack(
     """Write one record a pixel of the padded images: its sets of features, then its values, all as halves.
 
     Grid (ceil(padded_height pitch / PIXELS), N). A program owns PIXELS pixels of a padded image. It reads the features
-    [N, F, H, W] and the value columns [N, COUNT, H, W], any strides and dtype, and writes records
+    [N, F, H, W], and the value columns [N, COUNT, H, W] of any strides and dtype, and writes records
     [N, padded_height, pitch, RECORD]. Images lie MARGIN from the left and RADIUS from the top; the values around are 0.
 
     A set g has three features of one kernel: FEATURE and CHANNEL say which (-1: none, 0), `spans` between which values
@@ -106,24 +100,42 @@ def pack(
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     written = (pixel < padded_height * pitch)[:, None]
     own = y.to(tl.int64) * width + x
-    record = records + n * padded_height * pitch * RECORD + pixel[:, None] * RECORD
+    record = records + n * padded_height * pitch * RECORD + pixel.to(OFFSET)[:, None] * RECORD
 
-    for s in tl.static_range(N_SETS):
+    seen = inside
+    if GATED:
+        s = tl.load(source + n * height * width + own, mask=inside, other=0.0)
+        d = tl.load(destination + n * height * width + own, mask=inside, other=0.0)
+        seen = inside & ((s != 0) | (d != 0))
+        s *= tl.exp2(-_exponent_above(tl.load(largest_gates)))
+        d *= tl.exp2(-_exponent_above(tl.load(largest_gates + 1)))
+        s_high, d_high = s.to(tl.float16), d.to(tl.float16)
+        s_low, d_low = (s - s_high.to(tl.float32)).to(tl.float16), (d - d_high.to(tl.float32)).to(tl.float16)
+        none = tl.zeros((PIXELS,), tl.float16)
+        slots = _interleave(
+            s_high, s_low, d_high, d_low, s_high, d_high, none, none,
+            none, none, none, none, none, none, none, none, PIXELS,
+        )  # fmt: skip
+        tl.store(record + N_SETS * SLOTS + tl.arange(0, SLOTS)[None, :], slots, mask=written)
+
+    spans += n
+    for k in tl.static_range(N_SETS):
         bound = 0.0
-        for f in tl.static_range(3 * s, 3 * s + 3):
+        for f in tl.static_range(3 * k, 3 * k + 3):
             if FEATURE[f] >= 0:
-                bound = tl.maximum(_half_span(spans + 2 * FEATURE[f]) * factors[f], bound)
+                bound = tl.maximum(_half_span(spans + 2 * FEATURE[f] * stride_span, stride_span) * factors[f], bound)
         unit_exponent = tl.minimum(tl.maximum(_exponent_above(bound) - 10, -8.0), 2.0)
         unit, units = tl.exp2(unit_exponent), tl.exp2(-unit_exponent)
         coarse, fine = (), ()
         norm, rest = tl.zeros((PIXELS,), tl.float32), tl.zeros((PIXELS,), tl.float32)
-        for f in tl.static_range(3 * s, 3 * s + 3):
+        for f in tl.static_range(3 * k, 3 * k + 3):
             g = tl.zeros((PIXELS,), tl.float32)
             if FEATURE[f] >= 0:
                 channel = features[FEATURE[f]] + (n * CHANNELS[FEATURE[f]] + CHANNEL[f]) * height * width
-                centre = tl.load(spans + 2 * FEATURE[f]) + _half_span(spans + 2 * FEATURE[f])
+                span = spans + 2 * FEATURE[f] * stride_span
+                centre = tl.load(span) + _half_span(span, stride_span)
                 g = (tl.load(channel + own, mask=inside, other=0.0) - centre) * factors[f]
-                g = tl.where(inside, g, 0.0)
+                g = tl.where(seen, g, 0.0)
             h = ((g * units + 12582912.0) - 12582912.0) * unit  # 1.5 2^23 rounds to whole numbers
             half = (g - h).to(tl.float16)
             coarse, fine = coarse + (h.to(tl.float16),), fine + (half,)
@@ -138,7 +150,7 @@ def pack(
             coarse[0], coarse[1], coarse[2], fine[0], fine[1], fine[2], norm_high, norm_low,
             rest_high, rest_low, one * NORM, one, one, fine[0], fine[1], fine[2], PIXELS,
         )  # fmt: skip
-        tl.store(record + s * SLOTS + tl.arange(0, SLOTS)[None, :], slots, mask=written)
+        tl.store(record + k * SLOTS + tl.arange(0, SLOTS)[None, :], slots, mask=written)
 
     start = values + n * stride_n + (y.to(OFFSET) * stride_y + x.to(OFFSET) * stride_x)[:, None]
     columns = ()
@@ -151,33 +163,19 @@ def pack(
         scale = tl.where(inside, 2.0**LARGEST_VALUE, 0.0)
         columns = _softmax(columns, scale)
     else:
-        scale = tl.exp2(-_value_exponent(largest_value, ONES) + LARGEST_VALUE)
+        scale = tl.exp2(-_exponent_above(tl.load(largest_value)) + LARGEST_VALUE)
     high: tl.constexpr = (N_SETS + GATED) * SLOTS
     low: tl.constexpr = (RECORD + high) // 2
     for b in tl.static_range(len(BLOCKS)):
         c = (tl.arange(0, BLOCKS[b]) + FIRST[b])[None, :]
         value = columns[b] if SOFTMAX else columns[b] * scale
         if ONES:
-            value = tl.where(c == COUNT, tl.where(inside, scale, 0.0)[:, None], value)
+            value = tl.where(c == COUNT, tl.where(inside, 2.0**LARGEST_VALUE, 0.0)[:, None], value)
         value_high = value.to(tl.float16)
         tl.store(record + (c + high), value_high, mask=written)
         if SPLIT:
             tl.store(record + (c + low), (value - value_high.to(tl.float32)).to(tl.float16), mask=written)
 
-    if GATED:
-        s = tl.load(source + n * height * width + own, mask=inside, other=0.0) * tl.exp2(
-            -_exponent_above(tl.load(largest_gates))
-        )
-        d = tl.load(destination + n * height * width + own, mask=inside, other=0.0)
-        d *= tl.exp2(-_exponent_above(tl.load(largest_gates + 1)))
-        s_high, d_high = s.to(tl.float16), d.to(tl.float16)
-        s_low, d_low = (s - s_high.to(tl.float32)).to(tl.float16), (d - d_high.to(tl.float32)).to(tl.float16)
-        none = tl.zeros((PIXELS,), tl.float16)
-        slots = _interleave(
-            s_high, s_low, d_high, d_low, s_high, d_high, none, none,
-            none, none, none, none, none, none, none, none, PIXELS,
-        )  # fmt: skip
-        tl.store(record + N_SETS * SLOTS + tl.arange(0, SLOTS)[None, :], slots, mask=written)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         offset = tl.arange(0, ROWS) - ROWS // 2
         for m in tl.static_range(len(LINEAR)):
@@ -192,10 +190,10 @@ def _softmax(columns, scale):
     largest = tl.max(columns[0], axis=1)
     for b in tl.static_range(1, len(columns)):
         largest = tl.maximum(largest, tl.max(columns[b], axis=1))
-    largest *= LOG2_E
+    negative = largest * -LOG2_E  # rounded for all alike; fused, as rounding each product would show in large logits
     powers, total = (), tl.zeros_like(largest)
     for b in tl.static_range(len(columns)):
-        power = tl.exp2(columns[b] * LOG2_E - largest[:, None])
+        power = tl.exp2(tl.fma(columns[b], LOG2_E, negative[:, None]))
         powers, total = powers + (power,), total + tl.sum(power, axis=1)
     results = ()
     for b in tl.static_range(len(columns)):
@@ -337,18 +335,18 @@ def sum_tile(
     inside = (py < TILE_Y) & (y0 + py < height) & (x0 + px < width)
     result += n * stride_n + y0.to(tl.int64) * stride_y + x0.to(tl.int64) * stride_x
     place = (py.to(OFFSET) * stride_y + px.to(OFFSET) * stride_x)[:, None]
-    # back to the units of the caller: of a value, and of a sum of kernels times values
+    # back to the units of the caller: of a value, of a sum of kernels, and of one of kernels times values
     value_scale = 2.0**-LARGEST_VALUE
     if MODE != "logits":
-        value_scale = tl.exp2(_value_exponent(largest_value, MODE == "probabilities") - LARGEST_VALUE)
-    scale = kernel_scale * value_scale
+        value_scale = tl.exp2(_exponent_above(tl.load(largest_value)) - LARGEST_VALUE)
     if GATED:
-        scale *= tl.exp2(_exponent_above(tl.load(largest_gates)) + _exponent_above(tl.load(largest_gates + 1)))
-    mean, top, mine = None, None, ()
+        kernel_scale *= tl.exp2(_exponent_above(tl.load(largest_gates)) + _exponent_above(tl.load(largest_gates + 1)))
+    scale = kernel_scale * value_scale
+    mean, largest, mine = None, None, ()
     if MODE != "product":
         energy = tl.zeros((PIXELS,), tl.float32)
         if MODE == "logits":
-            energy, top = _sum_without_largest(sums)
+            energy, largest = _sum_without_largest(sums)
             mean = tl.zeros((PIXELS,), tl.float32)
         for b in tl.static_range(len(BLOCKS)):
             c = (tl.arange(0, BLOCKS[b]) + FIRST[b])[None, :]
@@ -359,13 +357,14 @@ def sum_tile(
             p *= value_scale
             mine = mine + (p,)
             if MODE == "logits":
-                mean += tl.sum(p * (top[:, None] - sums[b]), axis=1)
+                mean += tl.sum(p * (largest[:, None] - sums[b]), axis=1)
             else:
-                energy += tl.sum(tl.where(c < COUNT, -p * sums[b], tl.where(c == COUNT, sums[b], 0.0)), axis=1)
+                mass = tl.where(c == COUNT, sums[b] * 2.0**-LARGEST_VALUE, 0.0)
+                energy += tl.sum(tl.where(c < COUNT, -p * (sums[b] * value_scale), mass), axis=1)
         if MODE == "logits":
-            energy += mean
+            energy = (energy + mean) * value_scale
         program = (n * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(energies + program, tl.sum(tl.where(inside, energy * scale, 0.0)))
+        tl.store(energies + program, tl.sum(tl.where(inside, energy * kernel_scale, 0.0)))
     if RESULT:
         for b in tl.static_range(len(BLOCKS)):
             c = (tl.arange(0, BLOCKS[b]) + FIRST[b])[None, :]
@@ -374,7 +373,7 @@ def sum_tile(
             elif MODE == "probabilities":
                 value = sums[b] * (scale * -2)
             else:
-                value = (mine[b] * (scale * 2)) * ((top[:, None] - sums[b]) - mean[:, None])
+                value = (mine[b] * (scale * 2)) * ((largest[:, None] - sums[b]) - mean[:, None])
             tl.store(result + place + c.to(OFFSET) * stride_c, value, mask=inside[:, None] & (c < COUNT))
 
 
@@ -441,12 +440,13 @@ def _sum_row(
     operand = records + key[None, :] * RECORD + slot[:, None]  # [SLOTS, KEYS]
     level = along_y - py + (row + (ROWS // 2 - RADIUS))  # [PIXELS]
     kernel = _kernel(
-        operand, level, along_x[0], coarse, fine, row, column, px, py, SETS[0], FIRST_SET[0], SELF, RADIUS
+        operand, level, along_x[0], coarse, fine, row, column, px, py, SETS[0], FIRST_SET[0], SPLIT, SELF,
+        RADIUS,
     )  # fmt: skip
     for m in tl.static_range(1, len(SETS)):
         kernel += _kernel(
-            operand, level + m * ROWS, along_x[m], coarse, fine, row, column, px, py, SETS[m], FIRST_SET[m], SELF,
-            RADIUS,
+            operand, level + m * ROWS, along_x[m], coarse, fine, row, column, px, py, SETS[m], FIRST_SET[m],
+            SPLIT, SELF, RADIUS,
         )  # fmt: skip
     if GATED:
         kernel *= tl.dot(gate, tl.load(operand + N_SETS * SLOTS))
@@ -477,6 +477,7 @@ def _kernel(
     py,
     SETS: tl.constexpr,
     FIRST_SET: tl.constexpr,
+    SPLIT: tl.constexpr,
     SELF: tl.constexpr,
     RADIUS: tl.constexpr,
 ):
@@ -488,11 +489,15 @@ def _kernel(
         term *= tl.load(level)[:, None]
     else:
         term += tl.load(level)[:, None]
+        # On their own the coarse products are whole numbers of u^2, exact; a tensor core would cut off what it adds
+        # them to. Halves need no such care.
+        whole = tl.dot(coarse[FIRST_SET], tl.load(operand + FIRST_SET * SLOTS), None if SPLIT else term)
+        for s in tl.static_range(FIRST_SET + 1, FIRST_SET + SETS):
+            whole = tl.dot(coarse[s], tl.load(operand + s * SLOTS), whole)
+        rest = term if SPLIT else whole
         for s in tl.static_range(FIRST_SET, FIRST_SET + SETS):
-            term = tl.dot(coarse[s], tl.load(operand + s * SLOTS), term)
-        for s in tl.static_range(FIRST_SET, FIRST_SET + SETS):
-            term = tl.dot(fine[s], tl.load(operand + s * SLOTS), term)
-        term = tl.exp2(term)
+            rest = tl.dot(fine[s], tl.load(operand + s * SLOTS), rest)
+        term = tl.exp2(tl.fma(whole, 1.0, rest) if SPLIT else rest)  # a sum would be folded into the product
     return term
 
 

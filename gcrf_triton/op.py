@@ -31,7 +31,7 @@ def select_engine(impl: str, device: torch.device) -> str:
     """
     check_impl(impl)
     if impl == "auto":
-        impl = os.environ.get("GCRF_TRITON_IMPL", "auto")
+        impl = os.environ.get("GCRF_TRITON_IMPL") or "auto"
         if impl not in IMPLS:
             raise ValueError(f"GCRF_TRITON_IMPL: expected one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
     if impl == "torch" or (impl == "auto" and device.type not in ("cuda", "xpu")):
@@ -100,7 +100,7 @@ def pairwise_energy(
     pairs = (features, source, destination, weights, sigmas, radius)
     if select_engine(impl, input.device) == "triton":
         engine = _triton_engine()
-        if compatibility is None and engine.fits(input, features, sigmas):
+        if compatibility is None and engine.fits(input.shape[1] + (not from_logits), input.dtype, features, sigmas):
             return engine.potts_energy(input, *pairs, from_logits, gradient), gradient
         energy, exact = _assemble(engine.apply_pairwise, input, *pairs, compatibility, from_logits, with_gradient)
     else:
@@ -203,7 +203,8 @@ def _backward(ctx, grad_energy, grad_gradient):
         pairs = (features, source, destination, compatibility, False, *ctx.settings, True, ctx.impl)
         return pairwise_energy(p, *pairs)[1]
 
-    grad = None if grad_energy is None else grad_energy * gradient
+    # not in halves, as which a small factor would be rounded
+    grad = None if grad_energy is None else grad_energy * gradient.to(grad_energy.dtype)
     if grad_gradient is not None:
         if logits is None:
             again = linear(grad_gradient)

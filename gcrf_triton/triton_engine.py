@@ -36,10 +36,10 @@ def unavailable(device: torch.device) -> str | None:
     return None if active.type == device.type else f"Triton runs on {active.type} here"
 
 
-def fits(input: Tensor, features: Sequence[Tensor], sigmas: Sequence[float]) -> bool:
-    """Whether tiles can do a problem: not in float64, with few enough classes and features for the registers."""
+def fits(columns: int, dtype: torch.dtype, features: Sequence[Tensor], sigmas: Sequence[float]) -> bool:
+    """Whether tiles can do a problem: not in float64, with few enough columns and features for the registers."""
     _, sets = _feature_slots(features, sigmas)
-    return input.dtype != torch.float64 and input.shape[1] < LARGEST_COLUMNS and sum(sets) <= LARGEST_SETS
+    return dtype != torch.float64 and columns <= LARGEST_COLUMNS and sum(sets) <= LARGEST_SETS
 
 
 def potts_energy(
@@ -83,7 +83,7 @@ def apply_pairwise(
     if values.numel() == 0 or radius < 1:
         return torch.zeros_like(values)
     pairs = (features, source, destination, weights, sigmas, radius)
-    if fits(values[:, :1], features, sigmas):
+    if fits(1, values.dtype, features, sigmas):
         result = torch.empty_like(values)
         for first in range(0, values.shape[1], LARGEST_COLUMNS):
             part = slice(first, first + LARGEST_COLUMNS)
@@ -131,7 +131,8 @@ def _sum_tiles(
     slots, sets = _feature_slots(features, sigmas)
     blocks = _column_blocks(count + (mode == "probabilities"))
     columns = sum(blocks)
-    config = choose_config(problem_key(values, features, sigmas, radius, gated, mode))
+    with _current(device):
+        config = choose_config(problem_key(values, features, sigmas, radius, gated, mode))
     xy = tuple(HALF_LOG2_E / sigma**2 if sigma else 0.0 for sigma in sigmas[:: 1 + len(features)])
     # kernels, times s d' + d s' < 2 of scaled gates, end below 2^LARGEST_KERNEL
     kernel_exponent = LARGEST_KERNEL - math.ceil(math.log2(sum(weights))) - gated
@@ -142,12 +143,11 @@ def _sum_tiles(
     pitch = triton.cdiv((tiles_x - 1) * config.tile_x + margin - radius + halo, 16) * 16
     rows = triton.next_power_of_2(2 * (radius + config.pixels // config.tile_x + 1))
     record = (sum(sets) + gated) * 16 + columns * (1 + split)
-    wide = max(_reach(values), _reach(result)) >= 2**31
 
     features = [feature.contiguous() for feature in features]
     gates = [gate.contiguous() for gate in (source, destination) if gate is not None]
     largest_value = _largest([values]) if mode != "logits" else values
-    spans = torch.stack([torch.stack(torch.aminmax(feature)) for feature in features]) if features else values
+    spans = _spans(features, gates) if features else values
     largest_gates = _largest(gates) if gated else values
     along_y = torch.empty(len(weights), rows, dtype=torch.float32, device=device)
     partners = torch.empty(3, 16, 16, dtype=torch.float16, device=device)
@@ -155,6 +155,7 @@ def _sum_tiles(
     images, tile_rows = _chunk(batch, tiles_y, config.tile_y, 2 * radius, pitch * record * 2)
     padded_height = tile_rows * config.tile_y + 2 * radius
     records = torch.empty(images, padded_height, pitch, record, dtype=torch.float16, device=device)
+    wide = max(_reach(values), _reach(result), records[0].numel()) >= 2**31
     shared = {"SPLIT": split, "GATED": gated, "N_SETS": sum(sets), "RECORD": record, "RADIUS": radius, "MARGIN": margin}
     shared |= {"BLOCKS": blocks, "FIRST": tuple(itertools.accumulate(blocks, initial=0))[:-1]}
     shared |= {"ROWS": rows, "COUNT": count, "OFFSET": tl.int64 if wide else tl.int32}
@@ -168,7 +169,8 @@ def _sum_tiles(
                 values[part],
                 largest_value,
                 tuple(feature[part] for feature in features),
-                spans,
+                spans[:, :, first:] if features else values,
+                batch,
                 tuple(factor for _, _, factor in slots),
                 gates[0][part] if gated else values,
                 gates[1][part] if gated else values,
@@ -258,6 +260,19 @@ def _largest(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(tensor, torch.inf, dtype=torch.float32) for tensor in tensors])
 
 
+def _spans(features: Sequence[Tensor], gates: Sequence[Tensor]) -> Tensor:
+    # between which values a feature of an image lies where a gate is open [features, 2, N]
+    spans = []
+    for feature in features:
+        low = high = feature
+        if gates:
+            closed = (gates[0] == 0) & (gates[1] == 0)
+            low, high = (feature.masked_fill(closed[:, None], end) for end in (torch.inf, -torch.inf))
+        low, high = low.flatten(1).amin(1), high.flatten(1).amax(1)
+        spans.append(torch.stack([low, high]).masked_fill(low > high, 0))
+    return torch.stack(spans)
+
+
 def _reach(tensor: Tensor) -> int:
     # how far apart the elements of an image lie
     return sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
@@ -288,7 +303,9 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager:
 def _naming(config: Config, device: torch.device) -> Iterator[None]:
     try:
         yield
-    except TritonError as error:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except (TritonError, RuntimeError) as error:
         raise RuntimeError(
             f"{config} cannot run on {' '.join(_device_and_arch(device))}: {type(error).__name__}: {error}\n"
             "gcrf_triton.tuning.use_config chooses another configuration, and impl='torch' needs none"

@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import re
-import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -68,10 +68,6 @@ class Config:
         """How often a tile meets KEYS pixels of its halo."""
         return (self.tile_y + 2 * radius) * -(-(self.tile_x + 2 * radius) // KEYS)
 
-    def cost(self, radius: int) -> float:
-        """Rough instructions a pixel: those that pixels cause in a step, and those of the step itself."""
-        return self.steps(radius) * (1.7 * self.pixels + 32) / (self.tile_y * self.tile_x)
-
 
 @dataclasses.dataclass(frozen=True)
 class Key:
@@ -99,6 +95,8 @@ _forced: contextvars.ContextVar[Config | None] = contextvars.ContextVar("gcrf_tr
 @contextlib.contextmanager
 def use_config(config: Config) -> Iterator[None]:
     """Context in which the Triton engine launches with `config`, whatever caches say."""
+    if not isinstance(config, Config):
+        raise TypeError(f"config: expected a Config, got {type(config).__name__}")
     token = _forced.set(config)
     try:
         yield
@@ -111,10 +109,18 @@ def choose_config(key: Key) -> Config:
     return _forced.get() or _stored(key) or heuristic(key)
 
 
+def count(config: Config, key: Key) -> float:
+    """Rough instructions a pixel: of every step those that pixels and the step itself cause, and of a tile its ends."""
+    step = 3.2 * config.pixels + 66 if key.dtype == "float32" else 1.7 * config.pixels + 24
+    division = 5 if config.tile_x & (config.tile_x - 1) else 0  # by what is no power of two
+    return (config.steps(key.radius) * step + (28 + division) * config.pixels) / (config.tile_y * config.tile_x)
+
+
+@functools.lru_cache(maxsize=1024)
 def heuristic(key: Key) -> Config:
-    """The cheapest tile by `Config.cost` whose sums, exponents and features fit the registers."""
+    """The cheapest tile by `count` whose sums, exponents and features fit the registers."""
     fitting = [config for config in space(key) if _registers(config, key) <= REGISTERS]
-    return min(fitting or space(key)[-1:], key=lambda config: (config.cost(key.radius), not config.unroll))
+    return min(fitting or space(key)[-1:], key=lambda config: (count(config, key), not config.unroll))
 
 
 def space(key: Key) -> list[Config]:
@@ -124,7 +130,7 @@ def space(key: Key) -> list[Config]:
     for pixels in (32, 16):
         tiles = [Config(pixels // tile_x, tile_x, pack) for tile_x in range(1, pixels + 1)]
         tiles = [tile for tile in tiles if tile.pixels == pixels]
-        for tile in sorted(tiles, key=lambda tile: tile.cost(key.radius))[:3]:
+        for tile in sorted(tiles, key=lambda tile: count(tile, key))[:3]:
             if key.arch.startswith("sm_7"):
                 # Triton has no tensor-core products there: more threads share what products otherwise take
                 configs += [dataclasses.replace(tile, unroll=False, num_warps=warps) for warps in (2, 4)]
@@ -145,7 +151,7 @@ def cache_folder() -> pathlib.Path:
     """Where tuned configurations are kept: GCRF_TRITON_CACHE, or gcrf_triton in the user's cache folder."""
     if chosen := os.environ.get("GCRF_TRITON_CACHE"):
         return pathlib.Path(chosen)
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "gcrf_triton"
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gcrf_triton"
 
 
 def shipped_file(device: str) -> pathlib.Path:
@@ -162,9 +168,10 @@ def remember(key: Key, config: Config, **measurement: Any) -> pathlib.Path:
     """Keep a configuration in the user's cache, and what was measured with it."""
     path = cache_file(key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump({"schema": SCHEMA, "entries": {str(key): dataclasses.asdict(config)}} | measurement, file, indent=1)
-    os.replace(file.name, path)  # readers see the old file or the new one
+    temporary = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
+    content = {"schema": SCHEMA, "entries": {str(key): dataclasses.asdict(config)}} | measurement
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path)  # readers see the old file or the new one
     _stored.cache_clear()
     return path
 
@@ -175,14 +182,14 @@ def _stored(key: Key) -> Config | None:
 
 
 def _read(path: pathlib.Path, key: Key) -> Config | None:
-    if not path.exists():
-        return None
     try:
         content = json.loads(path.read_text())
         if content["schema"] != SCHEMA:
             raise ValueError(f"schema {content['schema']} instead of {SCHEMA}")
         entry = content["entries"].get(str(key))
         return None if entry is None else Config(**entry)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         warnings.warn(f"{path} holds no configurations of this version ({reason}) and is ignored", stacklevel=2)

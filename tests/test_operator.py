@@ -43,12 +43,11 @@ def test_opcheck(layout, compatibility, gates, from_logits, with_gradient):
 
 
 @pytest.mark.engines("triton")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("from_logits", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "expanded", "sliced"])
-def test_opcheck_in_the_interpreter(layout, from_logits, dtype):
-    p = dict(layouts())[layout].to(dtype).requires_grad_()
-    gate, rgb = torch.rand(2, 5, 6, dtype=dtype), torch.rand(2, 3, 5, 6, dtype=dtype)
+def test_opcheck_in_the_interpreter(layout, from_logits):
+    p = dict(layouts())[layout].float().requires_grad_()
+    gate, rgb = torch.rand(2, 5, 6), torch.rand(2, 3, 5, 6)
     arguments = (p, [rgb], gate, gate, None, from_logits, *SETTINGS, True, "auto")
     torch.library.opcheck(pairwise_energy, arguments)
 

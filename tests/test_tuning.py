@@ -147,10 +147,31 @@ def test_tune_without_a_gpu_counts_and_says_so(capsys, tmp_path):
     [
         (["--channels", "3", "1"], "channels: expected 1 numbers"),
         (["--shape", "1", "200", "8", "8"], "too many classes"),
+        (["--channels", "0"], "channels: expected 1 numbers from 1"),
         (["--kernels", "[]"], "kernels: expected at least one"),
+        (["--kernels", "x"], "expected JSON, got 'x'"),
+        (["--shape", "0", "2", "8", "8"], "shape: expected four numbers from 1"),
+        (["--radius", "0"], "radius: expected at least 1, got 0"),
     ],
 )
 def test_wrong_problems_to_tune_for(arguments, message, capsys):
     with pytest.raises(SystemExit):
         main(["tune", *arguments])
     assert message in capsys.readouterr().err
+
+
+def test_a_home_that_cannot_be_read(monkeypatch):
+    def refuse(path, *arguments, **keywords):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    with pytest.warns(UserWarning, match="PermissionError"):
+        assert tuning.choose_config(KEY) == tuning.heuristic(KEY)
+    monkeypatch.delenv("GCRF_TRITON_CACHE")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # nobody's home
+    assert tuning.cache_folder().name == "gcrf_triton"
+
+
+def test_only_configurations_are_used():
+    with pytest.raises(TypeError, match="config: expected a Config, got str"), tuning.use_config("fast"):
+        pass
