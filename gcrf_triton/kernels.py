@@ -10,7 +10,7 @@ import triton.language as tl
 SLOTS = tl.constexpr(16)  # of a set of features: the depth of a tensor-core product of halves
 KEYS = tl.constexpr(16)  # pixels of the halo that a tile meets at a time
 LOG2_E = tl.constexpr(1.4426950408889634)
-NORM = tl.constexpr(1024.0)  # brings squares below 2^26 into the range of halves
+NORM = tl.constexpr(1024.0)  # brings squares below 2^26 into the range of halves; larger ones become infinite
 LARGEST_VALUE = tl.constexpr(14)  # log2 of the largest value as a half; halves end at 2^16
 
 
@@ -72,22 +72,24 @@ def pack(
     """Write one record a pixel of the padded images: its sets of features, then its values, all as halves.
 
     Grid (ceil(padded_height pitch / PIXELS), N). A program owns PIXELS pixels of a padded image. It reads the features
-    [N, F, H, W], and the value columns [N, COUNT, H, W] of any strides and dtype, and writes records
-    [N, padded_height, pitch, RECORD]. Images lie MARGIN from the left and RADIUS from the top; the values around are 0.
+    [N, F, H, W], contiguous, and the value columns [N, COUNT, H, W] of any strides and dtype, and writes records
+    [N, padded_height, pitch, RECORD]. Images lie MARGIN from the left and RADIUS from the top, and the first padded row
+    is RADIUS above row `top` of the image; the values around are 0.
 
-    A set g has three features of one kernel: FEATURE and CHANNEL say which (-1: none, 0), `spans` between which values
-    they lie, from whose middle they are counted, and `factors` by what they are multiplied. With u a power of two,
-    g = h + l, h a multiple of u, |h| <= 2^10 u, and its 16 slots are
+    A set g has three features of one kernel: FEATURE and CHANNEL say which (-1: none, 0), `spans` [features, 2, N]
+    between which values they lie, from whose middle they are counted, and `factors` by what they are multiplied. With u
+    a power of two, g = h + l, h a multiple of u, |h| <= 2^10 u, and its 16 slots are
 
         h_0 h_1 h_2 l_0 l_1 l_2 a a' b b' 1024 1 1 l_0 l_1 l_2      |h|^2 = 1024 a + a',  2 h.l + |l|^2 = b + b'
 
     Products of h are whole numbers of u^2, which float32 adds exactly however close two pixels are, and what l adds is
     small: |g - g'|^2 comes out as if the differences had been taken first.
 
-    A value v, after softmax over its columns if asked, is 2^e v = high + low, where 2^e brings the largest (1 after
-    softmax) below 2^LARGEST_VALUE; a column of 2^e follows if asked. The record has all high, then, with SPLIT, all
-    low. Before them, with GATED, 16 slots of the gates s and d [N, H, W], each scaled below 1: s s' d d' s d 0 ...,
-    where s' is what s lacks as a half.
+    A value v, after softmax over its columns if asked, times a power of two is high + low; the factor brings the
+    largest (1 after softmax) up to 2^LARGEST_VALUE. With ONES a column of ones follows, each as 2^LARGEST_VALUE. The
+    record has all high, then, with SPLIT, all low. Before them, with GATED, 16 slots of the gates s and d [N, H, W],
+    contiguous, each scaled below 1: s s' d d' s d 0 ..., where s' is what s lacks as a half. Under two closed gates
+    features are 0.
 
     Program (0, 0) also writes, for every kernel, its term along y (as a power of two if it is LINEAR, without
     features), along_y [kernels, ROWS], with offset 0 at ROWS // 2; and partners [3, 16, 16], which turn a pixel's own
