@@ -49,7 +49,7 @@ def gated_crf_loss(
         kernels: mappings with a "weight" w and a standard deviation sigma a modality: "xy" in pixels of the input, any
             other in units of the feature of that name. The default's rgb 0.1 is 25 grey levels of an image in [0, 1],
             and about 6 of one normalised by mean and standard deviation, as in the paper. In Triton tiles a
-            feature may span 8000 sigmas; beyond, the loss is NaN.
+            feature may span 8000 sigmas; far beyond, the loss is NaN.
         radius: half width of the window in pixels of the input.
         source: [N, H, W] or [N, 1, H, W], bool, integer or floating, >= 0, a weight (a mask of 255 weighs 255). Pixels
             with 0 attract nobody.

@@ -7,10 +7,10 @@ import pytest
 import torch
 from problems import KERNELS, make_problem, value_and_gradient
 
-from gcrf_triton import gated_crf_loss
+from bench import static_cost
+from gcrf_triton import gated_crf_loss, tuning
 from gcrf_triton.op import pairwise_energy
 
-tuning = pytest.importorskip("gcrf_triton.tuning")
 triton_engine = pytest.importorskip("gcrf_triton.triton_engine", reason="Triton is not installed")
 
 pytestmark = pytest.mark.engines("triton")
@@ -274,7 +274,6 @@ def test_a_nan_shows():
 
 def test_more_than_two_to_the_31_elements():
     # the launches of a tensor of 9 GB, recorded: offsets are 64 bits wide, and grids within CUDA's limits
-    static_cost = pytest.importorskip("bench.static_cost")
     for shape in ((1, 21, 10500, 10500), (70000, 2, 9, 8), (1, 2, 400000, 8), (1, 2, 8, 400000)):
         launches = static_cost.record_launches(shape)
         wide = torch.Size(shape[1:]).numel() >= 2**31
