@@ -111,7 +111,7 @@ def find_configuration(
         name: torch.empty(n, count, height, width, device=device) for name, count in zip(names, channels, strict=True)
     }
     gate = torch.ones(n, height, width, device=device) if gated else None
-    if not triton_engine.fits(classes, dtype, list(features.values()), sigmas):
+    if not triton_engine.fits(logits, classes, list(features.values()), sigmas):
         raise ValueError("shape, kernels: expected what a tile can do, got too many classes or channels to tune for")
     key = triton_engine.problem_key(logits, list(features.values()), sigmas, radius, gated, "logits")
 

@@ -522,6 +522,7 @@ def sum_offsets(
     GATED: tl.constexpr,
     RADIUS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    OFFSET: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
     """Multiply values by the pairwise kernel in their own dtype, an offset at a time: where no tile can.
@@ -533,11 +534,11 @@ def sum_offsets(
     """
     dtype: tl.constexpr = values.dtype.element_ty
     n = tl.program_id(2).to(tl.int64)
-    own = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    own = tl.program_id(0).to(OFFSET) * PIXELS + tl.arange(0, PIXELS)
     inside = own < plane
     y, x = own // width, own % width
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    rows = (n * columns + column)[:, None] * plane
+    rows = (n * columns + column)[:, None] * plane.to(tl.int64)
     sums = tl.zeros((COLUMNS, PIXELS), dtype)
     source += n * plane
     destination += n * plane
@@ -563,6 +564,7 @@ def sum_offsets(
                 gate = tl.load(source + other, mask=met, other=0.0) * tl.load(destination + own, mask=met, other=0.0)
                 gate += tl.load(destination + other, mask=met, other=0.0) * tl.load(source + own, mask=met, other=0.0)
                 kernel *= gate * 0.5
-            value = tl.load(values + rows + other[None, :], mask=(column < columns)[:, None] & met[None, :], other=0.0)
+            read = (column < columns)[:, None] & met[None, :]
+            value = tl.load((values + rows) + other[None, :], mask=read, other=0.0)
             sums += tl.where(met, kernel, 0.0)[None, :] * value
-    tl.store(result + rows + own[None, :], sums, mask=(column < columns)[:, None] & inside[None, :])
+    tl.store((result + rows) + own[None, :], sums, mask=(column < columns)[:, None] & inside[None, :])

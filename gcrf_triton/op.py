@@ -100,7 +100,7 @@ def pairwise_energy(
     pairs = (features, source, destination, weights, sigmas, radius)
     if select_engine(impl, input.device) == "triton":
         engine = _triton_engine()
-        if compatibility is None and engine.fits(input.shape[1] + (not from_logits), input.dtype, features, sigmas):
+        if compatibility is None and engine.fits(input, input.shape[1] + (not from_logits), features, sigmas):
             return engine.potts_energy(input, *pairs, from_logits, gradient), gradient
         energy, exact = _assemble(engine.apply_pairwise, input, *pairs, compatibility, from_logits, with_gradient)
     else:

@@ -36,10 +36,14 @@ def unavailable(device: torch.device) -> str | None:
     return None if active.type == device.type else f"Triton runs on {active.type} here"
 
 
-def fits(columns: int, dtype: torch.dtype, features: Sequence[Tensor], sigmas: Sequence[float]) -> bool:
-    """Whether tiles can do a problem: not in float64, with few enough columns and features for the registers."""
+def fits(values: Tensor, columns: int, features: Sequence[Tensor], sigmas: Sequence[float]) -> bool:
+    """Whether tiles do a problem: not in float64, with few enough columns and features for the registers.
+
+    Nor on Turing, for whose tensor cores Triton does not compile: without them offsets take fewer instructions.
+    """
     _, sets = _feature_slots(features, sigmas)
-    return dtype != torch.float64 and columns <= LARGEST_COLUMNS and sum(sets) <= LARGEST_SETS
+    turing = _device_and_arch(values.device)[1].startswith("sm_7")
+    return values.dtype != torch.float64 and not turing and columns <= LARGEST_COLUMNS and sum(sets) <= LARGEST_SETS
 
 
 def potts_energy(
@@ -83,7 +87,7 @@ def apply_pairwise(
     if values.numel() == 0 or radius < 1:
         return torch.zeros_like(values)
     pairs = (features, source, destination, weights, sigmas, radius)
-    if fits(1, values.dtype, features, sigmas):
+    if fits(values, 1, features, sigmas):
         result = torch.empty_like(values)
         for first in range(0, values.shape[1], LARGEST_COLUMNS):
             part = slice(first, first + LARGEST_COLUMNS)
@@ -358,6 +362,7 @@ def _sum_offsets(
                 GATED=source is not None,
                 RADIUS=radius,
                 COLUMNS=block,
+                OFFSET=tl.int64 if height * width >= 2**30 else tl.int32,
                 PIXELS=pixels,
             )
     return result

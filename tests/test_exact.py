@@ -57,7 +57,7 @@ def test_potts_as_a_matrix_is_the_default():
 @pytest.mark.parametrize("gates", ["", "s", "d", "sd"])
 @pytest.mark.parametrize("kernels", ["official pair", "two modalities"])
 def test_gradient_is_that_of_the_unfold(kernels, gates, compatibility, reduction):
-    problem = make_problem((2, 3, 14, 9), KERNELS[kernels], radius=4, gates=gates, compatibility=compatibility)
+    problem = make_problem((2, 3, 14, 9), KERNELS[kernels], radius=2, gates=gates, compatibility=compatibility)
     value, gradient = value_and_gradient(problem, lambda problem: problem.loss(reduction=reduction))
     expected_value, expected_gradient = value_and_gradient(problem, lambda problem: problem.unfolded())
     denominator = 1.0

@@ -43,8 +43,9 @@ def test_opcheck(layout, compatibility, gates, from_logits, with_gradient):
 
 
 @pytest.mark.engines("triton")
-@pytest.mark.parametrize("from_logits", [False, True])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "expanded", "sliced"])
+@pytest.mark.parametrize(
+    "layout, from_logits", [("contiguous", True), ("channels_last", False), ("expanded", True), ("sliced", False)]
+)
 def test_opcheck_in_the_interpreter(layout, from_logits):
     p = dict(layouts())[layout].float().requires_grad_()
     gate, rgb = torch.rand(2, 5, 6), torch.rand(2, 3, 5, 6)

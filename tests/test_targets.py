@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bench.static_cost import SHARED, TARGETS
+from bench.machine_code import TARGETS
+from bench.static_cost import SHARED
 
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="Triton compiles on Linux only")
 
@@ -17,10 +18,9 @@ pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="Triton com
 def compiled(*cases):
     """Rows of `bench.static_cost.rows_of` for cases (target, problem), compiled where nothing is interpreted."""
     program = (
-        "import json, sys, torch\n"
+        "import json, sys\n"
         "from bench.static_cost import rows_of\n"
         "for target, problem in json.loads(sys.argv[1]):\n"
-        "    problem['dtype'] = getattr(torch, problem['dtype'])\n"
         "    print(json.dumps(rows_of(target, **problem)))\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -41,9 +41,9 @@ def assert_fits(rows, target):
 @pytest.fixture(scope="module")
 def rows_of_targets():
     # small windows, as those unroll into what compiles in seconds; the next test has the large one
-    logits = {"shape": [1, 21, 512, 512], "radius": 2, "gated": True, "dtype": "float32"}
-    halves = logits | {"gated": False, "dtype": "bfloat16"}
-    probabilities = logits | {"shape": [2, 4, 60, 80], "radius": 16, "from_logits": False}
+    logits = {"radius": 2, "gates": True}
+    halves = {"radius": 2, "dtype": "bfloat16"}
+    probabilities = {"shape": [2, 4, 60, 80], "radius": 16, "gates": True, "from_logits": False}
     doubles = probabilities | {"dtype": "float64"}
     problems = (logits, halves, probabilities, doubles)
     with ThreadPoolExecutor(2) as pool:
@@ -59,21 +59,30 @@ def test_no_spills_and_little_shared_memory(target, rows_of_targets):
 
 
 def test_the_cost_of_the_paper_s_problem():
-    problem = {"shape": [1, 21, 512, 512], "radius": 5}
     limits = {("float16", False): 22, ("float16", True): 26.4, ("float32", False): 34, ("float32", True): 40.8}
-    cases = [("sm_90", problem | {"dtype": dtype, "gated": gated}) for dtype, gated in limits]
+    cases = [("sm_90", {"dtype": dtype, "gates": gates}) for dtype, gates in limits]
     for limit, rows in zip(limits.values(), compiled(*cases), strict=True):
         together = rows[-1]
-        assert together["kernel"] == "together" and together["exp2_clocks"] < together["issue_clocks"] <= limit
+        assert together["kernel"] == "together" and together["special_clocks"] < together["issue_clocks"] <= limit
         for row in rows[:-1]:
             assert row["spilled_bytes"] == 0 and row["wide_loads"] >= 0.5 * row["loads"]
 
 
 def test_cost_grows_slower_than_classes_and_no_faster_than_the_halo():
     def problem(classes, radius):
-        return ("sm_90", {"shape": [1, classes, 512, 512], "radius": radius, "dtype": "float16"})
+        return ("sm_90", {"classes": classes, "radius": radius, "dtype": "float16"})
 
     rows = compiled(problem(16, 3), problem(32, 3), problem(63, 3), problem(21, 2), problem(21, 4))
     few, more, many, narrow, wide = (row[-1]["instructions"] for row in rows)
     assert few < more < 2 * few and more < many < 2 * more
     assert wide / narrow <= (5 + 2 * 4) ** 2 / (5 + 2 * 2) ** 2
+
+
+def test_the_model_names_the_unit_that_sets_the_bound():
+    *_, together = compiled(("sm_90", {"radius": 2, "dtype": "float16"}))[0]
+    clocks = {name: value for name, value in together.items() if name.endswith("_clocks") and name != "bound_clocks"}
+    assert together["bound_clocks"] == max(clocks.values()) == clocks[f"{together['bound_by']}_clocks"]
+    assert min(clocks.values()) > 0
+    # 21 halves read and written and 3 colours
+    assert together["bytes"] == 2 * 2 * 21 + 4 * 3
+    assert together["unfold_bytes"] == 4 * 2 * 21 * 25

@@ -7,7 +7,7 @@ import pytest
 import torch
 from problems import KERNELS, make_problem, value_and_gradient
 
-from bench import static_cost
+from bench.machine_code import record_launches
 from gcrf_triton import gated_crf_loss, tuning
 from gcrf_triton.op import pairwise_energy
 
@@ -37,7 +37,7 @@ def assert_close(problem, loss=LOSS, gradient=GRADIENT, **settings):
 @pytest.mark.parametrize("gates", ["", "s", "sd"])
 @pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
 def test_kernels_and_gates(kernels, gates, from_logits):
-    assert_close(make_problem((2, 3, 7, 9), kernels, 2, gates, dtype=torch.float32), from_logits=from_logits)
+    assert_close(make_problem((2, 3, 5, 9), kernels, 2, gates, dtype=torch.float32), from_logits=from_logits)
 
 
 @pytest.mark.parametrize("gates", ["", "sd"])
@@ -216,9 +216,7 @@ CONFIGS = [
 ] + [tuning.Config(pack=32), tuning.Config(pack=256), tuning.Config(num_warps=2), tuning.Config(4, 4, num_warps=4)]
 
 
-@pytest.mark.parametrize(
-    "config", [*CONFIGS, tuning.Config(pack=32), tuning.Config(pack=256), tuning.Config(num_warps=4)], ids=str
-)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_every_configuration_gives_the_same_answer(config):
     problem = make_problem((1, 4, 17, 19), KERNELS["official pair"], 3, "s", dtype=torch.float32)
     with tuning.use_config(config):
@@ -275,7 +273,7 @@ def test_a_nan_shows():
 def test_more_than_two_to_the_31_elements():
     # the launches of a tensor of 9 GB, recorded: offsets are 64 bits wide, and grids within CUDA's limits
     for shape in ((1, 21, 10500, 10500), (70000, 2, 9, 8), (1, 2, 400000, 8), (1, 2, 8, 400000)):
-        launches = static_cost.record_launches(shape)
+        launches = record_launches(shape)
         wide = torch.Size(shape[1:]).numel() >= 2**31
         for launch in launches:
             assert "int64" in str(launch.keywords["OFFSET"]) or not wide
