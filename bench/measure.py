@@ -1,0 +1,295 @@
+"""Time, peak memory and errors of implementations on one case, side by side.
+
+Every implementation first runs alone, which yields its peak memory (of a fresh process on a CPU, of the allocator on a
+GPU), its errors against float64 and how long a step takes. Then they take turns, each with one step untimed and one
+timed, as the speed of a shared machine drifts; ratios are taken turn by turn. What does not fit into memory, by its
+prediction or when tried, fails or is slow is recorded as such, and the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import itertools
+import multiprocessing
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.cases import Case
+from bench.implementations import Step, bytes_needed, make_inputs, make_step, one_line
+
+HEADROOM = 1.25  # of memory, above what bytes_needed counts
+FEWEST_TURNS = 3
+NEEDS_NO_WARMING = 1.0  # seconds a step
+STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to measure: the most turns, seconds for an implementation of a case, whether to measure memory."""
+
+    repeats: int
+    budget: float
+    memory: bool = True
+    cuda_graph: bool = False
+
+
+@dataclasses.dataclass
+class Result:
+    """What one implementation did in one case and mode; None and empty where it was not measured."""
+
+    status: str = "ok"
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    peak_bytes: int | None = None
+    errors: tuple[float, ...] = ()
+    config: str = ""
+
+    @contextlib.contextmanager
+    def recording_failure(self) -> Iterator[None]:
+        """Context in which an error of an implementation becomes its status."""
+        try:
+            yield
+        except (MemoryError, torch.OutOfMemoryError, BrokenProcessPool):  # a killed process: the system ran out
+            self.status = "oom"
+        except Exception as error:
+            exhausted = "allocate memory" in str(error) or "out of memory" in str(error).lower()
+            self.status = "oom" if exhausted else f"error: {one_line(error)}"
+
+
+def measure(
+    case: Case, mode: str, names: Sequence[str], device: torch.device, settings: Settings
+) -> Iterator[tuple[str, Result]]:
+    """Run a case; yields every implementation's result, which is complete only when the iteration ends."""
+    inputs = make_inputs(case)
+    # by the engine whose float64 agrees with explicit loops, and on the CPU, where memory is not what is measured
+    exact = make_step("torch-engine", case, mode)(*(tensor.double() for tensor in inputs))
+    inputs = tuple(tensor.to(device) for tensor in inputs)
+    seconds = stopwatch(device)
+    results: dict[str, Result] = {}
+    steps: dict[str, Callable[[], object]] = {}
+    for name in names:
+        if name == "copy" and mode == "forward":
+            continue
+        result = results[name] = Result()
+        with result.recording_failure():
+            step = make_step(name, case, mode)
+            run_alone(result, name, step, inputs, exact, case, mode, settings)
+            if result.status == "ok":
+                steps[name] = prepare(step, inputs, settings.cuda_graph)
+                result.seconds.append(seconds(steps[name]))
+        if result.status != "ok" or result.seconds[0] > settings.budget:
+            steps.pop(name, None)
+            result.status = "one step" if result.status == "ok" else result.status
+        if device.type != "cpu":
+            torch.accelerator.empty_cache()
+        yield name, result
+    take_turns(results, steps, seconds, settings)
+
+
+def run_alone(
+    result: Result,
+    name: str,
+    step: Step,
+    inputs: tuple[Tensor, ...],
+    exact: tuple[Tensor, ...],
+    case: Case,
+    mode: str,
+    settings: Settings,
+) -> None:
+    """Peak memory, errors and configuration of one implementation; its first step, with all it loads and compiles."""
+    device = inputs[0].device
+    if HEADROOM * bytes_needed(name, case) > available_bytes(device):
+        result.status = "oom-predicted"
+        return
+    if settings.memory and device.type == "cpu":
+        result.peak_bytes = peak_of_process(name, case, mode)
+    with recorded_configs() as configs:
+        found = step(*inputs)
+    if name != "copy":
+        result.errors = errors(found, exact)
+    result.config = " + ".join(dict.fromkeys(configs))
+    del found
+    if settings.memory and device.type != "cpu":
+        result.peak_bytes = peak_of_allocator(step, inputs)
+
+
+def take_turns(
+    results: dict[str, Result],
+    steps: dict[str, Callable[[], object]],
+    seconds: Callable[[Callable[[], object]], float],
+    settings: Settings,
+) -> None:
+    """Time the steps turn by turn, the slow ones in fewer turns, and put their seconds into the results."""
+    turns = {}
+    for name in steps:
+        (first,) = results[name].seconds
+        results[name].seconds = []
+        affordable = int(settings.budget / (first if first > NEEDS_NO_WARMING else 2 * first))
+        turns[name] = min(max(FEWEST_TURNS, affordable), settings.repeats)
+    for turn in range(settings.repeats):
+        for name, step in steps.items():
+            result = results[name]
+            if turn >= turns[name] or result.status != "ok":
+                continue
+            with result.recording_failure():
+                if not result.seconds or result.seconds[-1] < NEEDS_NO_WARMING:
+                    step()  # so that nobody pays for what the one before left behind
+                result.seconds.append(seconds(step))
+
+
+def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """A function that runs a step and returns its seconds on a device."""
+
+    def of_cpu(step: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+
+    def of_accelerator(step: Callable[[], object]) -> float:
+        module = torch.get_device_module(device)
+        start, end = module.Event(enable_timing=True), module.Event(enable_timing=True)
+        torch.accelerator.synchronize()
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return of_cpu if device.type == "cpu" else of_accelerator
+
+
+def prepare(step: Step, inputs: tuple[Tensor, ...], cuda_graph: bool) -> Callable[[], object]:
+    """A step without arguments. On a GPU its inputs are copies in turn, which together exceed the cache."""
+    device = inputs[0].device
+    if device.type == "cpu":
+        return functools.partial(step, *inputs)
+    properties = torch.get_device_module(device).get_device_properties(device)
+    cache = getattr(properties, "L2_cache_size", 2**26)
+    copies = [inputs]
+    while len(copies) < 2 or (len(copies) - 1) * sum(tensor.nbytes for tensor in inputs) < cache:
+        copies.append(tuple(tensor.clone() for tensor in inputs))
+    if cuda_graph:
+        graphs = itertools.cycle(capture(step, copies))
+        return lambda: next(graphs).replay()
+    rotation = itertools.cycle(copies)
+    return lambda: step(*next(rotation))
+
+
+def capture(step: Step, copies: Sequence[tuple[Tensor, ...]]) -> list[torch.cuda.CUDAGraph]:
+    """A CUDA graph of the step for every copy of its inputs; all share the memory of one."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(*copies[0])  # what happens on first use cannot be captured
+    torch.cuda.current_stream().wait_stream(side)
+    pool = torch.cuda.graph_pool_handle()
+    graphs = []
+    for inputs in copies:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            step(*inputs)
+        graphs.append(graph)
+    return graphs
+
+
+def available_bytes(device: torch.device) -> float:
+    """Memory that can still be allocated on a device; infinity where the system does not say."""
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()
+        return torch.get_device_module(device).mem_get_info()[0]
+    information = Path("/proc/meminfo")
+    return _kilobytes(information, "MemAvailable") if information.exists() else float("inf")
+
+
+def can_measure_memory(device: torch.device) -> bool:
+    return device.type != "cpu" or REFERENCES.exists()
+
+
+def peak_of_allocator(step: Step, inputs: tuple[Tensor, ...]) -> int:
+    """Growth of the memory allocated on the accelerator during one step, above its inputs."""
+    torch.accelerator.synchronize()
+    torch.accelerator.reset_peak_memory_stats()
+    before = torch.accelerator.memory_allocated()
+    step(*inputs)
+    torch.accelerator.synchronize()
+    return torch.accelerator.max_memory_allocated() - before
+
+
+@functools.cache
+def _fresh_processes() -> multiprocessing.context.BaseContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "pymic.loss.seg.gatedcrf"])
+    return context
+
+
+def peak_of_process(name: str, case: Case, mode: str) -> int:
+    """Growth of a fresh process's resident memory during one step, above its inputs; BrokenProcessPool if killed."""
+    ignore_interrupts = (signal.SIGINT, signal.SIG_IGN)  # the one line about them is that of the process above
+    with ProcessPoolExecutor(1, _fresh_processes(), signal.signal, ignore_interrupts) as process:
+        return process.submit(_grow, name, case, mode).result()
+
+
+def _grow(name: str, case: Case, mode: str) -> int:
+    step = make_step(name, case, mode)
+    if name != "unfold-compiled":
+        step(*make_inputs(dataclasses.replace(case, shape=(1, case.shape[1], 8, 8))))  # load what the first use loads
+    inputs = make_inputs(case)
+    if name == "unfold-compiled":
+        step(*inputs)  # it is compiled for one shape
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # freed pages that stay resident would hide new ones
+    before = _kilobytes(STATUS, "VmRSS")
+    REFERENCES.write_text("5")  # the peak starts again from here
+    step(*inputs)
+    return _kilobytes(STATUS, "VmHWM") - before
+
+
+def _kilobytes(file: Path, field: str) -> int:
+    line = next(line for line in file.read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+def errors(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> tuple[float, ...]:
+    """Relative error of the loss, and of the gradient in norm."""
+    return tuple(float((f.cpu().double() - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True))
+
+
+@contextlib.contextmanager
+def recorded_configs() -> Iterator[list[str]]:
+    """Context that lists the configurations with which the Triton engine launches."""
+    configs: list[str] = []
+    try:
+        from gcrf_triton import triton_engine
+    except ImportError:  # no Triton, no configurations
+        yield configs
+        return
+    choose = triton_engine.choose_config
+
+    def choose_and_record(key):
+        config = choose(key)
+        configs.append(str(config))
+        return config
+
+    triton_engine.choose_config = choose_and_record
+    try:
+        yield configs
+    finally:
+        triton_engine.choose_config = choose
+
+
+def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile."""
+    low, high = np.percentile(values, [20, 80])
+    return statistics.median(values), float(low), float(high)
