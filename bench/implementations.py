@@ -159,4 +159,6 @@ def all_names(wanted: Sequence[str] | None, device: torch.device) -> list[str]:
     """Implementations to try: those asked for, else all that do not first compile for long on this device."""
     if wanted:
         return list(wanted)
-    return [name for name in IMPLEMENTATIONS if device.type != "cpu" or name not in ("triton-engine", "unfold-compiled")]
+    return [
+        name for name in IMPLEMENTATIONS if device.type != "cpu" or name not in ("triton-engine", "unfold-compiled")
+    ]

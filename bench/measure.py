@@ -68,9 +68,14 @@ class Result:
 
 
 def measure(
-    case: Case, mode: str, names: Sequence[str], device: torch.device, settings: Settings
-) -> Iterator[tuple[str, Result]]:
-    """Run a case; yields every implementation's result, which is complete only when the iteration ends."""
+    case: Case,
+    mode: str,
+    names: Sequence[str],
+    device: torch.device,
+    settings: Settings,
+    report: Callable[[str], None] = lambda name: None,
+) -> dict[str, Result]:
+    """Every implementation's result in a case and mode; `report` hears whose turn to run alone it is."""
     inputs = make_inputs(case)
     # by the engine whose float64 agrees with explicit loops, and on the CPU, where memory is not what is measured
     exact = make_step("torch-engine", case, mode)(*(tensor.double() for tensor in inputs))
@@ -79,22 +84,24 @@ def measure(
     results: dict[str, Result] = {}
     steps: dict[str, Callable[[], object]] = {}
     for name in names:
-        if name == "copy" and mode == "forward":
-            continue
+        report(name)
         result = results[name] = Result()
         with result.recording_failure():
-            step = make_step(name, case, mode)
-            run_alone(result, name, step, inputs, exact, case, mode, settings)
-            if result.status == "ok":
-                steps[name] = prepare(step, inputs, settings.cuda_graph)
-                result.seconds.append(seconds(steps[name]))
-        if result.status != "ok" or result.seconds[0] > settings.budget:
+            if HEADROOM * bytes_needed(name, case) > available_bytes(device):
+                result.status = "oom-predicted"
+                continue
+            if settings.memory and device.type == "cpu":
+                result.peak_bytes = peak_of_process(name, case, mode)
+            steps[name] = run_alone(result, name, make_step(name, case, mode), inputs, exact, seconds, settings)
+        if result.status != "ok":
             steps.pop(name, None)
-            result.status = "one step" if result.status == "ok" else result.status
+        elif result.seconds[0] > settings.budget:
+            del steps[name]
+            result.status = "one step"
         if device.type != "cpu":
             torch.accelerator.empty_cache()
-        yield name, result
     take_turns(results, steps, seconds, settings)
+    return results
 
 
 def run_alone(
@@ -103,25 +110,23 @@ def run_alone(
     step: Step,
     inputs: tuple[Tensor, ...],
     exact: tuple[Tensor, ...],
-    case: Case,
-    mode: str,
+    seconds: Callable[[Callable[[], object]], float],
     settings: Settings,
-) -> None:
-    """Peak memory, errors and configuration of one implementation; its first step, with all it loads and compiles."""
-    device = inputs[0].device
-    if HEADROOM * bytes_needed(name, case) > available_bytes(device):
-        result.status = "oom-predicted"
-        return
-    if settings.memory and device.type == "cpu":
-        result.peak_bytes = peak_of_process(name, case, mode)
+) -> Callable[[], object]:
+    """Put errors, configuration, peak memory of a GPU and seconds of one step into the result; the step to time."""
+    found: list[Tensor] = []
     with recorded_configs() as configs:
-        found = step(*inputs)
+        result.seconds = [seconds(lambda: found.extend(step(*inputs)))]
+    result.config = " + ".join(dict.fromkeys(configs))
     if name != "copy":
         result.errors = errors(found, exact)
-    result.config = " + ".join(dict.fromkeys(configs))
-    del found
-    if settings.memory and device.type != "cpu":
+    found.clear()
+    if settings.memory and inputs[0].device.type != "cpu":
         result.peak_bytes = peak_of_allocator(step, inputs)
+    prepared = prepare(step, inputs, settings.cuda_graph)
+    if result.seconds[0] < NEEDS_NO_WARMING or name == "unfold-compiled" or inputs[0].device.type != "cpu":
+        result.seconds = [seconds(prepared)]  # without what is loaded and compiled on first use
+    return prepared
 
 
 def take_turns(
@@ -261,7 +266,7 @@ def _kilobytes(file: Path, field: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def errors(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> tuple[float, ...]:
+def errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> tuple[float, ...]:
     """Relative error of the loss, and of the gradient in norm."""
     return tuple(float((f.cpu().double() - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True))
 
