@@ -81,26 +81,32 @@ def measure(
     exact = make_step("torch-engine", case, mode)(*(tensor.double() for tensor in inputs))
     inputs = tuple(tensor.to(device) for tensor in inputs)
     seconds = stopwatch(device)
-    results: dict[str, Result] = {}
-    steps: dict[str, Callable[[], object]] = {}
-    for name in names:
+    results = {name: Result() for name in names}
+    steps: dict[str, Step] = {}
+    for name, result in results.items():
         report(name)
-        result = results[name] = Result()
         with result.recording_failure():
             if HEADROOM * bytes_needed(name, case) > available_bytes(device):
                 result.status = "oom-predicted"
                 continue
             if settings.memory and device.type == "cpu":
                 result.peak_bytes = peak_of_process(name, case, mode)
-            steps[name] = run_alone(result, name, make_step(name, case, mode), inputs, exact, seconds, settings)
-        if result.status != "ok":
-            steps.pop(name, None)
-        elif result.seconds[0] > settings.budget:
-            del steps[name]
+            step = make_step(name, case, mode)
+            run_alone(result, name, step, inputs, exact, seconds, settings)
+            steps[name] = step
+
+    # all have run by now: a graph keeps its memory, which those that are captured after it share
+    prepare = preparation(inputs, settings.cuda_graph)
+    ready: dict[str, Callable[[], object]] = {}
+    for name, step in steps.items():
+        result = results[name]
+        with result.recording_failure():
+            ready[name] = prepare(step)
+            if device.type != "cpu" or name == "unfold-compiled" or result.seconds[0] < NEEDS_NO_WARMING:
+                result.seconds = [seconds(ready[name])]  # without what is loaded and compiled on first use
+        if result.status == "ok" and result.seconds[0] > settings.budget:
             result.status = "one step"
-        if device.type != "cpu":
-            torch.accelerator.empty_cache()
-    take_turns(results, steps, seconds, settings)
+    take_turns(results, {name: step for name, step in ready.items() if results[name].status == "ok"}, seconds, settings)
     return results
 
 
@@ -112,8 +118,8 @@ def run_alone(
     exact: tuple[Tensor, ...],
     seconds: Callable[[Callable[[], object]], float],
     settings: Settings,
-) -> Callable[[], object]:
-    """Put errors, configuration, peak memory of a GPU and seconds of one step into the result; the step to time."""
+) -> None:
+    """Put seconds, errors, configuration and, on a GPU, peak memory of one implementation into its result."""
     found: list[Tensor] = []
     with recorded_configs() as configs:
         result.seconds = [seconds(lambda: found.extend(step(*inputs)))]
@@ -123,10 +129,6 @@ def run_alone(
     found.clear()
     if settings.memory and inputs[0].device.type != "cpu":
         result.peak_bytes = peak_of_allocator(step, inputs)
-    prepared = prepare(step, inputs, settings.cuda_graph)
-    if result.seconds[0] < NEEDS_NO_WARMING or name == "unfold-compiled" or inputs[0].device.type != "cpu":
-        result.seconds = [seconds(prepared)]  # without what is loaded and compiled on first use
-    return prepared
 
 
 def take_turns(
@@ -174,39 +176,36 @@ def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
     return of_cpu if device.type == "cpu" else of_accelerator
 
 
-def prepare(step: Step, inputs: tuple[Tensor, ...], cuda_graph: bool) -> Callable[[], object]:
-    """A step without arguments. On a GPU its inputs are copies in turn, which together exceed the cache."""
+def preparation(inputs: tuple[Tensor, ...], cuda_graph: bool) -> Callable[[Step], Callable[[], object]]:
+    """A function that makes a step one without arguments.
+
+    On a GPU its inputs are copies in turn, which together exceed the cache; CUDA graphs, one a copy, share memory.
+    """
     device = inputs[0].device
     if device.type == "cpu":
-        return functools.partial(step, *inputs)
+        return lambda step: functools.partial(step, *inputs)
     properties = torch.get_device_module(device).get_device_properties(device)
     cache = getattr(properties, "L2_cache_size", 2**26)
-    copies = [inputs]
-    while len(copies) < 2 or (len(copies) - 1) * sum(tensor.nbytes for tensor in inputs) < cache:
-        copies.append(tuple(tensor.clone() for tensor in inputs))
-    if cuda_graph:
-        graphs = itertools.cycle(capture(step, copies))
-        return lambda: next(graphs).replay()
-    rotation = itertools.cycle(copies)
-    return lambda: step(*next(rotation))
+    count = 2 + cache // sum(tensor.nbytes for tensor in inputs)
+    copies = [tuple(tensor.clone() for tensor in inputs) for _ in range(count)]
+
+    def rotating(step: Step) -> Callable[[], object]:
+        turns = itertools.cycle(copies)
+        return lambda: step(*next(turns))
+
+    def graphs(step: Step) -> Callable[[], object]:
+        captured = itertools.cycle([capture(step, inputs, pool) for inputs in copies])
+        return lambda: next(captured).replay()
+
+    pool = torch.cuda.graph_pool_handle() if cuda_graph else None
+    return graphs if cuda_graph else rotating
 
 
-def capture(step: Step, copies: Sequence[tuple[Tensor, ...]]) -> list[torch.cuda.CUDAGraph]:
-    """A CUDA graph of the step for every copy of its inputs; all share the memory of one."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step(*copies[0])  # what happens on first use cannot be captured
-    torch.cuda.current_stream().wait_stream(side)
-    pool = torch.cuda.graph_pool_handle()
-    graphs = []
-    for inputs in copies:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            step(*inputs)
-        graphs.append(graph)
-    return graphs
+def capture(step: Step, inputs: tuple[Tensor, ...], pool: tuple[int, int] | None) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        step(*inputs)
+    return graph
 
 
 def available_bytes(device: torch.device) -> float:

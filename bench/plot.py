@@ -50,7 +50,7 @@ def position(row: Row, quantity: str) -> int:
 
 
 def sweep_rows(rows: Sequence[Row], quantity: str) -> list[Row]:
-    """The latest rows of a sweep that differ in nothing else: of several such sets the one of most points, then newest."""
+    """The latest rows of a sweep that differ in nothing else: of several such sets that of most points, then newest."""
     sets: dict[tuple, list[Row]] = {}
     for row in table.latest(rows).values():
         if row["sweep"] == quantity and row["mode"] == "forward+backward" and row["contended"] == "no":

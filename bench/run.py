@@ -161,12 +161,14 @@ def row_of(case: Case, mode: str, name: str, result: Result, own: Result | None)
     row = {field: str(value) for field, value in case.describe().items()}
     row |= dict.fromkeys(table.FIELDS[len(row) :], "")
     row |= {"mode": mode, "implementation": name, "status": result.status, "config": result.config}
-    ratios = [other / best for other, best in zip(result.seconds, own.seconds if own else [], strict=False)]
-    for column, values in (("seconds", result.seconds), ("ratio", ratios)):
+    seconds = result.seconds if result.status in table.MEASURED else []
+    own_seconds = own.seconds if own and own.status in table.MEASURED else []
+    ratios = [other / best for other, best in zip(seconds, own_seconds, strict=False)]
+    for column, values in (("seconds", seconds), ("ratio", ratios)):
         if values:
             for point, value in zip(("median", "p20", "p80"), percentiles(values), strict=True):
                 row[f"{column}_{point}"] = f"{value:.4g}"
-    row["turns"] = str(len(result.seconds))
+    row["turns"] = str(len(seconds))
     row["peak_bytes"] = "" if result.peak_bytes is None else str(result.peak_bytes)
     for column, error in zip(("loss_error", "gradient_error"), result.errors, strict=False):
         row[column] = f"{error:.1e}"
@@ -189,8 +191,13 @@ def print_row(row: Mapping[str, str]) -> None:
 
 
 def print_comparison(new: Sequence[table.Row], old: Sequence[table.Row], threshold: float) -> int:
-    """Print what `table.compare` finds; 1 if anything became worse by more than the threshold."""
+    """Print what `table.compare` finds; 1 if anything became worse than the threshold, 2 if nothing is alike."""
     changes = table.compare(new, old)
+    if not changes:
+        print(
+            "--compare: expected rows of the same cases, device and threads, got none of the new rows", file=sys.stderr
+        )
+        return 2
     for row, quantity, factor in changes:
         verdict = "worse" if factor > threshold else "better" if factor < 1 / threshold else "same"
         print(
@@ -210,6 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.repeats is not None and options.repeats < 1:
             raise ValueError(f"--repeats: expected at least 1, got {options.repeats}")
+        if options.budget is not None and not options.budget > 0:
+            raise ValueError(f"--budget: expected a number above 0, got {options.budget:g}")
         device = chosen_device(options.device)
         if options.cuda_graph and device.type != "cuda":
             raise ValueError(f"--cuda-graph: expected a CUDA device, got {device}")
