@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 Kernels = tuple[Mapping[str, float], ...]
 RGB_XY: Kernels = ({"weight": 1.0, "xy": 6.0, "rgb": 0.1},)
 OFFICIAL_PAIR: Kernels = ({"weight": 0.9, "xy": 6.0, "rgb": 0.1}, {"weight": 0.1, "xy": 6.0})
 PYMIC_PAIR: Kernels = ({"weight": 1.0, "xy": 5.0, "rgb": 0.1}, {"weight": 1.0, "xy": 3.0})
-QUICK_SIDE = 64
+QUICK_SIDE, QUICK_ELEMENTS = 64, 2**18  # of sweeps, of the predictions of named cases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +54,20 @@ NAMED = (
 SWEEPS = ("pixels", "radius", "classes", "batch", "dtype", "kernels")
 
 
-def named(quick: bool = False) -> list[Case]:
-    """The named cases; quick ones are one image of at most 64 x 64 pixels."""
+def named(names: Sequence[str], quick: bool = False) -> list[Case]:
+    """The cases of these names; quick ones have few pixels, and of those that become the same case only the first."""
+    chosen = [case for case in NAMED if case.name in names]
     if not quick:
-        return list(NAMED)
-    return [dataclasses.replace(case, shape=_quick_shape(case.shape)) for case in NAMED]
+        return chosen
+    small = [dataclasses.replace(case, shape=_quick_shape(*case.shape)) for case in chosen]
+    alike = [dataclasses.replace(case, name="") for case in small]
+    return [case for place, case in enumerate(small) if alike.index(alike[place]) == place]
 
 
-def _quick_shape(shape: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-    _, classes, height, width = shape
-    return 1, classes, min(height, QUICK_SIDE), min(width, QUICK_SIDE)
+def _quick_shape(n: int, classes: int, height: int, width: int) -> tuple[int, int, int, int]:
+    while n * max(classes, 8) * height * width > QUICK_ELEMENTS:  # windows of the image count too
+        n, height, width = (n // 2, height, width) if n > 1 else (1, height // 2, width // 2)
+    return n, classes, height, width
 
 
 def sweep(quantity: str, quick: bool = False) -> list[Case]:

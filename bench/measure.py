@@ -2,8 +2,9 @@
 
 Every implementation first runs alone, which yields its peak memory (of a fresh process on a CPU, of the allocator on a
 GPU), its errors against float64 and how long a step takes. Then they take turns, each with one step untimed and one
-timed, as the speed of a shared machine drifts; ratios are taken turn by turn. What does not fit into memory, by its
-prediction or when tried, fails or is slow is recorded as such, and the others go on.
+timed, as the speed of a shared machine drifts; ratios are taken turn by turn. On a GPU events around a step that meets
+an idle device give its time, so that it includes what launching costs, unless CUDA graphs are asked for. What does not
+fit into memory, by its prediction or when tried, fails or is slow is recorded as such, and the others go on.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from bench.implementations import Step, bytes_needed, make_inputs, make_step, on
 
 HEADROOM = 1.25  # of memory, above what bytes_needed counts
 FEWEST_TURNS = 3
-NEEDS_NO_WARMING = 1.0  # seconds a step
+NEEDS_NO_WARMING = 0.2  # seconds a step
 STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -96,7 +97,7 @@ def measure(
             steps[name] = step
 
     # all have run by now: a graph keeps its memory, which those that are captured after it share
-    prepare = preparation(inputs, settings.cuda_graph)
+    prepare = preparation(inputs, settings)
     ready: dict[str, Callable[[], object]] = {}
     for name, step in steps.items():
         result = results[name]
@@ -176,7 +177,7 @@ def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
     return of_cpu if device.type == "cpu" else of_accelerator
 
 
-def preparation(inputs: tuple[Tensor, ...], cuda_graph: bool) -> Callable[[Step], Callable[[], object]]:
+def preparation(inputs: tuple[Tensor, ...], settings: Settings) -> Callable[[Step], Callable[[], object]]:
     """A function that makes a step one without arguments.
 
     On a GPU its inputs are copies in turn, which together exceed the cache; CUDA graphs, one a copy, share memory.
@@ -186,7 +187,8 @@ def preparation(inputs: tuple[Tensor, ...], cuda_graph: bool) -> Callable[[Step]
         return lambda step: functools.partial(step, *inputs)
     properties = torch.get_device_module(device).get_device_properties(device)
     cache = getattr(properties, "L2_cache_size", 2**26)
-    count = 2 + cache // sum(tensor.nbytes for tensor in inputs)
+    steps = 1 + 2 * settings.repeats
+    count = min(2 + cache // sum(tensor.nbytes for tensor in inputs), steps)
     copies = [tuple(tensor.clone() for tensor in inputs) for _ in range(count)]
 
     def rotating(step: Step) -> Callable[[], object]:
@@ -197,8 +199,8 @@ def preparation(inputs: tuple[Tensor, ...], cuda_graph: bool) -> Callable[[Step]
         captured = itertools.cycle([capture(step, inputs, pool) for inputs in copies])
         return lambda: next(captured).replay()
 
-    pool = torch.cuda.graph_pool_handle() if cuda_graph else None
-    return graphs if cuda_graph else rotating
+    pool = torch.cuda.graph_pool_handle() if settings.cuda_graph else None
+    return graphs if settings.cuda_graph else rotating
 
 
 def capture(step: Step, inputs: tuple[Tensor, ...], pool: tuple[int, int] | None) -> torch.cuda.CUDAGraph:

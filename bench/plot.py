@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -34,6 +34,7 @@ STYLES = {
     "official": ("official (PyMIC's copy)", {"color": "#000000", "marker": "P", "linestyle": (0, (6, 2))}),
 }
 FLOOR = {"color": "0.45", "linestyle": ":", "linewidth": 2}
+CROSS = {"color": "0.3", "marker": "x", "markersize": 9, "markeredgewidth": 2.5, "linestyle": ""}
 SIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 plt.style.use("default")
 matplotlib.rcParams.update({"font.size": 12, "figure.dpi": 120, "svg.hashsalt": "gcrf_triton"})
@@ -91,8 +92,8 @@ def ran_out(row: Row) -> bool:
 
 
 def draw_sweep(axes: Axes, rows: Sequence[Row], quantity: str, column: str, scale: float) -> None:
-    """Curves of one column ("seconds" or "peak_bytes") with bands, crosses where memory ran out, and the floor."""
-    for place, (name, (_, style)) in enumerate(STYLES.items()):
+    """Curves of one column ("seconds" or "peak_bytes") with bands, and the floor."""
+    for name, (_, style) in STYLES.items():
         mine = [row for row in rows if row["implementation"] == name]
         median = f"{column}_median" if column == "seconds" else column
         measured = [row for row in mine if row["status"] in table.MEASURED and float(row[median] or 0) > 0]
@@ -101,17 +102,6 @@ def draw_sweep(axes: Axes, rows: Sequence[Row], quantity: str, column: str, scal
         if column == "seconds":
             low, high = ([scale * float(row[f"{column}_{point}"]) for row in measured] for point in ("p20", "p80"))
             axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
-        for row in filter(ran_out, mine):
-            height = 0.96 - 0.055 * place
-            axes.plot(
-                position(row, quantity),
-                height,
-                "x",
-                color=style["color"],
-                markersize=9,
-                markeredgewidth=2.5,
-                transform=axes.get_xaxis_transform(),
-            )
     floor = {}
     for row in rows:
         if column == "peak_bytes":
@@ -119,6 +109,20 @@ def draw_sweep(axes: Axes, rows: Sequence[Row], quantity: str, column: str, scal
         elif row["implementation"] == "copy" and row["status"] in table.MEASURED:
             floor[position(row, quantity)] = scale * float(row["seconds_median"])
     axes.plot(list(floor), list(floor.values()), **FLOOR)
+
+
+def draw_crosses(line: Sequence[Axes], curves: Mapping[str, Sequence[Row]]) -> None:
+    """Crosses above the curves of a line of axes, where implementations ran out of memory."""
+    every = [row for rows in curves.values() for row in rows if ran_out(row)]
+    lost = [name for name in STYLES if any(row["implementation"] == name for row in every)]
+    strip = 0.06 * len(lost) + 0.02 * bool(lost)  # of the height of the axes
+    low, high = line[0].get_ylim()
+    line[0].set_ylim(low, high * (high / low) ** (strip / (1 - strip)))
+    for axes, (quantity, rows) in zip(line, curves.items(), strict=True):
+        for row in filter(ran_out, rows):
+            height = 0.96 - 0.06 * lost.index(row["implementation"])
+            style = CROSS | {"color": STYLES[row["implementation"]][1]["color"]}
+            axes.plot(position(row, quantity), height, transform=axes.get_xaxis_transform(), **style)
 
 
 def fixed_text(row: Row, quantity: str) -> str:
@@ -157,6 +161,8 @@ def draw_sweeps(rows: Sequence[Row]) -> Figure | None:
             bottom.xaxis.set_minor_locator(LogLocator(subs=()))
         else:
             bottom.xaxis.set_major_formatter(LogFormatterSciNotation())
+    for line in grid:
+        draw_crosses(line, curves)
     grid[0, 0].set_ylabel("loss and gradient, milliseconds")
     grid[1, 0].set_ylabel("peak memory above the inputs, MB")
     finish(figure, [row for found in curves.values() for row in found], floor=True)
@@ -176,21 +182,14 @@ def draw_cases(rows: Sequence[Row]) -> Figure | None:
     for line, (case, found) in enumerate(cases.items()):
         for place, name in enumerate(names):
             row, own = found.get(name), owns[case]
-            if row is None or row is own:
+            if row is None:
                 continue
-            y = line + 0.6 * ((place + 0.5) / len(names) - 0.5)
+            y = line + 0.7 * ((place + 0.5) / len(names) - 0.5)
             style = {key: value for key, value in STYLES[name][1].items() if key != "linestyle"}
             for axes, column in zip(grid, ("ratio", "peak_bytes"), strict=True):
                 if ran_out(row):
-                    axes.plot(
-                        0.97,
-                        y,
-                        "x",
-                        color=style["color"],
-                        markersize=9,
-                        markeredgewidth=2.5,
-                        transform=axes.get_yaxis_transform(),
-                    )
+                    cross = CROSS | {"color": style["color"]}
+                    axes.plot(0.96 - 0.04 * (place % 2), y, transform=axes.get_yaxis_transform(), **cross)
                 elif column == "ratio" and row["ratio_median"]:
                     middle, low, high = (float(row[f"ratio_{point}"]) for point in ("median", "p20", "p80"))
                     error = [[max(middle - low, 0)], [max(high - middle, 0)]]
@@ -200,6 +199,7 @@ def draw_cases(rows: Sequence[Row]) -> Figure | None:
     labels = [f"{case}\n{next(iter(found.values()))['shape'].replace('x', ' x ')}" for case, found in cases.items()]
     grid[0].set_yticks(range(len(cases)), labels, fontsize=11)
     grid[0].set_ylim(len(cases) - 0.5, -0.5)
+    everything = [row for found in cases.values() for row in found.values()]
     own_label = STYLES[next(iter(owns.values()))["implementation"]][0]
     for axes, quantity in zip(grid, ("time", "peak memory"), strict=True):
         axes.set(xscale="log", xlabel=f"{quantity}, times that of {own_label}")
@@ -208,8 +208,9 @@ def draw_cases(rows: Sequence[Row]) -> Figure | None:
         axes.hlines([line + 0.5 for line in range(len(cases) - 1)], 0, 1, "0.9", transform=axes.get_yaxis_transform())
         axes.set_axisbelow(True)
         low, high = axes.get_xlim()
-        axes.set_xlim(min(low, 0.8), high * 2)  # room for crosses
-    finish(figure, [row for found in cases.values() for row in found.values()], floor=False)
+        axes.set_xlim(min(low, 0.8), high * (2 if any(map(ran_out, everything)) else 1))  # room for crosses
+        axes.xaxis.set_major_formatter("{x:g}")
+    finish(figure, everything, floor=False)
     return figure
 
 
@@ -218,8 +219,7 @@ def finish(figure: Figure, rows: Sequence[Row], floor: bool) -> None:
     names = [name for name in STYLES if any(row["implementation"] == name for row in rows)]
     lines = [plt.Line2D([], [], label=STYLES[name][0], markersize=7, **STYLES[name][1]) for name in names]
     if any(map(ran_out, rows)):
-        cross = {"marker": "x", "markersize": 9, "markeredgewidth": 2.5, "linestyle": "", "color": "0.3"}
-        lines.append(plt.Line2D([], [], label="out of memory", **cross))
+        lines.append(plt.Line2D([], [], label="out of memory", **CROSS))
     if floor:
         lines.append(plt.Line2D([], [], label="floor: copying the prediction; the gradient's bytes", **FLOOR))
     last = max(rows, key=lambda row: row["utc"])

@@ -75,8 +75,9 @@ def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
         for name in given:
             if name not in possible:
                 raise ValueError(f"{option}: expected names of {', '.join(possible)}, got {name!r}")
-    cases = [case for case in named(arguments.quick) if case.name in names]
-    cases += [case for quantity in quantities for case in sweep(quantity, arguments.quick)]
+    cases = named(names, arguments.quick) + [
+        case for quantity in quantities for case in sweep(quantity, arguments.quick)
+    ]
     return [dataclasses.replace(case, dtype=arguments.dtype or case.dtype) for case in cases]
 
 

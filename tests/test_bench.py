@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import io
 import json
+import os
+import types
 
 import matplotlib.image
 import pytest
@@ -55,6 +57,19 @@ def test_named_cases_are_those_of_real_use():
     assert len(shapes) == len(cases.NAMED) == 11
     assert {case.channels for case in cases.NAMED if case.name in ("wsl4mis", "pymic")} == {1}
     assert all(case.radius == 5 for case in cases.NAMED)
+
+
+def test_quick_cases_are_small_and_different():
+    quick = cases.named([case.name for case in cases.NAMED], quick=True)
+    assert {"official-clicks", "official-two-kernels", "pymic", "saliency", "ade20k"} <= {case.name for case in quick}
+    without_names = [dataclasses.replace(case, name="") for case in quick]
+    assert all(case not in without_names[:place] for place, case in enumerate(without_names))
+    for case in quick:
+        n, classes, height, width = case.shape
+        assert n * classes * height * width <= 2**18
+        (full,) = cases.named([case.name])
+        assert classes == full.shape[1] and height * full.shape[3] == width * full.shape[2]
+    assert [case.name for case in cases.named(["voc-full-batch"], quick=True)] == ["voc-full-batch"]
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -164,6 +179,39 @@ def test_a_slow_implementation_is_stepped_once(monkeypatch):
     assert results["offsets"].status == "one step" and results["offsets"].seconds == [7.0]
     results = measure.measure(TINY, "forward", ["offsets"], CPU, measure.Settings(9, 8, memory=False))
     assert results["offsets"].status == "ok" and len(results["offsets"].seconds) == measure.FEWEST_TURNS
+
+
+@pytest.mark.parametrize("cache, repeats, different", [(1000, 9, 7), (10, 9, 2), (1000, 2, 5)])
+def test_inputs_rotate_beyond_the_cache(monkeypatch, cache, repeats, different):
+    properties = types.SimpleNamespace(L2_cache_size=cache)
+    module = types.SimpleNamespace(get_device_properties=lambda device: properties)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    inputs = (torch.empty(40, device="meta"), torch.empty(10, device="meta"))  # 200 bytes
+    seen = []
+    step = measure.preparation(inputs, measure.Settings(repeats, 10))(lambda *inputs: seen.append(inputs))
+    for _ in range(1 + 2 * repeats):
+        step()
+    assert len({id(copy[0]) for copy in seen}) == different
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.accelerator.is_available() or os.environ.get("TRITON_INTERPRET") == "1",
+    reason="needs a GPU, and TRITON_INTERPRET=0",
+)
+@pytest.mark.parametrize("graphs", [[], ["--cuda-graph"]], ids=["events", "graphs"])
+def test_a_run_on_a_gpu(graphs, tiny_named, tmp_path, monkeypatch):
+    monkeypatch.delenv("GCRF_TRITON_IMPL")  # what users have
+    path = tmp_path / "rows.csv"
+    assert run.main(["--cases", "--repeats", "3", *graphs, "--out", str(path)]) == 0
+    rows = table.read(path)
+    assert {"triton-engine", "torch-engine", "unfold", "unfold-compiled", "offsets", "copy"} <= {
+        r["implementation"] for r in rows
+    }
+    for r in rows:
+        assert r["status"] == "ok" and float(r["seconds_median"]) > 0 and int(r["peak_bytes"]) > 0 and r["driver"]
+        assert all(float(r[name] or 0) < 1e-5 for name in ("loss_error", "gradient_error"))
+        assert (r["config"] != "") == (r["implementation"] == "triton-engine")
 
 
 def test_triton_is_not_timed_on_a_cpu():
