@@ -35,6 +35,7 @@ STYLES = {
 }
 FLOOR = {"color": "0.45", "linestyle": ":", "linewidth": 2}
 CROSS = {"color": "0.3", "marker": "x", "markersize": 9, "markeredgewidth": 2.5, "linestyle": ""}
+HOLLOW = {"markerfacecolor": "white", "linestyle": ""}
 SIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 plt.style.use("default")
 matplotlib.rcParams.update({"font.size": 12, "figure.dpi": 120, "svg.hashsalt": "gcrf_triton"})
@@ -102,6 +103,9 @@ def draw_sweep(axes: Axes, rows: Sequence[Row], quantity: str, column: str, scal
         if column == "seconds":
             low, high = ([scale * float(row[f"{column}_{point}"]) for row in measured] for point in ("p20", "p80"))
             axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
+            once = [row for row in measured if row["status"] == "one step"]
+            x, y = [position(row, quantity) for row in once], [scale * float(row[median]) for row in once]
+            axes.plot(x, y, markersize=6, **style | HOLLOW)
     floor = {}
     for row in rows:
         if column == "peak_bytes":
@@ -193,7 +197,8 @@ def draw_cases(rows: Sequence[Row]) -> Figure | None:
                 elif column == "ratio" and row["ratio_median"]:
                     middle, low, high = (float(row[f"ratio_{point}"]) for point in ("median", "p20", "p80"))
                     error = [[max(middle - low, 0)], [max(high - middle, 0)]]
-                    axes.errorbar(middle, y, xerr=error, markersize=7, capsize=3, **style)
+                    once = HOLLOW if row["status"] == "one step" else {}
+                    axes.errorbar(middle, y, xerr=error, markersize=7, capsize=3, **style | once)
                 elif column == "peak_bytes" and row[column] and own[column]:
                     axes.plot(int(row[column]) / int(own[column]), y, markersize=7, **style)
     labels = [f"{case}\n{next(iter(found.values()))['shape'].replace('x', ' x ')}" for case, found in cases.items()]
@@ -220,15 +225,16 @@ def finish(figure: Figure, rows: Sequence[Row], floor: bool) -> None:
     lines = [plt.Line2D([], [], label=STYLES[name][0], markersize=7, **STYLES[name][1]) for name in names]
     if any(map(ran_out, rows)):
         lines.append(plt.Line2D([], [], label="out of memory", **CROSS))
+    if any(row["status"] == "one step" for row in rows):
+        lines.append(plt.Line2D([], [], label="time of a single step", color="0.3", marker="o", **HOLLOW))
     if floor:
         lines.append(plt.Line2D([], [], label="floor: copying the prediction; the gradient's bytes", **FLOOR))
     last = max(rows, key=lambda row: row["utc"])
     versions = [f"PyTorch {last['torch']}", f"gcrf_triton {last['gcrf_triton']} ({last['revision']})"]
     versions += [f"{label} {last[field]}" for label, field in (("Triton", "triton"), ("PyMIC", "pymic")) if last[field]]
-    device = f"{last['device']}, {last['threads']} threads" if not last["driver"] else last["device"]
-    driver = f", driver {last['driver']}" if last["driver"] else ""
+    driver = f"driver {last['driver']}" if last["driver"] else f"threads: {last['threads']}"
     what = "forward and backward; bands and bars from the 20th to the 80th percentile"
-    caption = f"{device}{driver}; {last['utc'][:10]}; {what}\n{', '.join(versions)}"
+    caption = f"{last['device']}, {driver}; {last['utc'][:10]}; {what}\n{', '.join(versions)}"
     width, height = figure.get_size_inches()
     columns = min(len(lines), 3 if width < 12 else 4)
     above = 0.15 + 0.27 * math.ceil(len(lines) / columns)
@@ -252,7 +258,7 @@ def plot(path: Path, folder: Path) -> list[Path]:
 def found_tables() -> list[Path]:
     """Those CSV files of bench/results that bench.run wrote."""
     paths = sorted(RESULTS.glob("*.csv"))
-    return [path for path in paths if path.read_text().startswith(",".join(table.FIELDS))]
+    return [path for path in paths if path.read_text(errors="replace").startswith(",".join(table.FIELDS))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

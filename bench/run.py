@@ -29,7 +29,7 @@ from tqdm import tqdm
 import gcrf_triton
 from bench import table
 from bench.cases import NAMED, SWEEPS, Case, named, sweep
-from bench.implementations import IMPLEMENTATIONS, MODES, all_names, own_engine, why_not
+from bench.implementations import IMPLEMENTATIONS, MODES, all_names, one_line, own_engine, why_not
 from bench.measure import Result, Settings, can_measure_memory, measure, percentiles
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,7 +48,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
         "--modes", nargs="+", choices=MODES, help="default: both for named cases, forward+backward for sweeps"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of every prediction")
-    parser.add_argument("--repeats", type=int, help="turns; default: 9 on a CPU, 50 on a GPU")
+    parser.add_argument("--repeats", type=int, help="turns; default: 7 on a CPU, 50 on a GPU")
     parser.add_argument(
         "--budget",
         type=float,
@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("peak memory is not measured: it is read from /proc, which this system does not have")
         memory = False
     settings = Settings(
-        options.repeats or (9 if device.type == "cpu" else 50),
+        options.repeats or (7 if device.type == "cpu" else 50),
         options.budget or (1.0 if options.quick else 10.0),
         memory,
         options.cuda_graph,
@@ -271,6 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"interrupted: {len(rows)} rows are kept in {path}", file=sys.stderr)
         return 130
+    except torch.AcceleratorError as error:  # after which the device cannot be used
+        print(f"stopped: {one_line(error)}: {len(rows)} rows are kept in {path}", file=sys.stderr)
+        return 1
     print(f"{len(rows)} rows appended to {path}")
     return print_comparison(rows, old, options.threshold) if options.compare else 0
 
