@@ -139,11 +139,12 @@ def take_turns(
     settings: Settings,
 ) -> None:
     """Time the steps turn by turn, the slow ones in fewer turns, and put their seconds into the results."""
+    first = {name: max(*results[name].seconds, 1e-7) for name in steps}
+    warmed = {name: first[name] < NEEDS_NO_WARMING for name in steps}
     turns = {}
     for name in steps:
-        (first,) = results[name].seconds
         results[name].seconds = []
-        affordable = int(settings.budget / (first if first > NEEDS_NO_WARMING else 2 * first))
+        affordable = int(settings.budget / first[name] / (1 + warmed[name]))
         turns[name] = min(max(FEWEST_TURNS, affordable), settings.repeats)
     for turn in range(settings.repeats):
         for name, step in steps.items():
@@ -151,7 +152,7 @@ def take_turns(
             if turn >= turns[name] or result.status != "ok":
                 continue
             with result.recording_failure():
-                if not result.seconds or result.seconds[-1] < NEEDS_NO_WARMING:
+                if warmed[name]:
                     step()  # so that nobody pays for what the one before left behind
                 result.seconds.append(seconds(step))
 

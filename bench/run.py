@@ -271,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"interrupted: {len(rows)} rows are kept in {path}", file=sys.stderr)
         return 130
-    except torch.AcceleratorError as error:  # after which the device cannot be used
+    except (torch.AcceleratorError, torch.OutOfMemoryError) as error:  # not even inputs can be put on the device
         print(f"stopped: {one_line(error)}: {len(rows)} rows are kept in {path}", file=sys.stderr)
         return 1
     print(f"{len(rows)} rows appended to {path}")

@@ -174,9 +174,11 @@ def test_a_failure_is_recorded_and_the_others_go_on(monkeypatch, failure, status
 
 
 def test_a_slow_implementation_is_stepped_once(monkeypatch):
-    monkeypatch.setattr(measure, "stopwatch", lambda device: lambda step: (step(), 7.0)[1])
+    steps = []
+    monkeypatch.setattr(measure, "stopwatch", lambda device: lambda step: (step(), steps.append(step), 7.0)[2])
     results = measure.measure(TINY, "forward", ["offsets"], CPU, measure.Settings(9, 5, memory=False))
     assert results["offsets"].status == "one step" and results["offsets"].seconds == [7.0]
+    assert len(steps) == 1
     results = measure.measure(TINY, "forward", ["offsets"], CPU, measure.Settings(9, 8, memory=False))
     assert results["offsets"].status == "ok" and len(results["offsets"].seconds) == measure.FEWEST_TURNS
 
@@ -192,6 +194,38 @@ def test_inputs_rotate_beyond_the_cache(monkeypatch, cache, repeats, different):
     for _ in range(1 + 2 * repeats):
         step()
     assert len({id(copy[0]) for copy in seen}) == different
+
+
+def test_an_accelerator_is_timed_by_events_and_asked_for_memory(monkeypatch):
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            events.append(self)
+
+        synchronize = elapsed_time = lambda self, *end: 2.0  # milliseconds
+
+    events = []
+    module = types.SimpleNamespace(
+        Event=Event,
+        mem_get_info=lambda: (10**9, 10**9),
+        get_device_properties=lambda device: types.SimpleNamespace(L2_cache_size=1000),
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    for name, answer in {"memory_allocated": 500, "max_memory_allocated": 1700}.items():
+        monkeypatch.setattr(torch.accelerator, name, lambda answer=answer: answer)
+    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.accelerator, name, lambda: None)
+    monkeypatch.setattr(measure, "errors", lambda found, exact: ())  # tensors without values have none
+    meta, names = torch.device("meta"), ["unfold", "offsets", "copy"]
+    results = measure.measure(TINY, "forward+backward", names, meta, measure.Settings(4, 10))
+    for result in results.values():
+        assert result.status == "ok" and result.seconds == [0.002] * 4 and result.peak_bytes == 1200
+    assert len(events) == 3 * 2 * (2 + 4)  # alone, once more without first use, and four turns
+    module.mem_get_info = lambda: (1000, 10**9)
+    results = measure.measure(TINY, "forward+backward", names, meta, measure.Settings(4, 10))
+    assert {result.status for result in results.values()} == {"oom-predicted"}
 
 
 @pytest.mark.gpu
