@@ -252,13 +252,18 @@ def plot(path: Path, folder: Path) -> list[Path]:
             written.append(folder / f"{path.stem}-{kind}.png")
             figure.savefig(written[-1], metadata={"Software": None})
             plt.close(figure)
+    if not written:
+        raise ValueError(f"{path}: expected rows of a sweep or of named cases, forward and backward, got none")
     return written
 
 
 def found_tables() -> list[Path]:
-    """Those CSV files of bench/results that bench.run wrote."""
-    paths = sorted(RESULTS.glob("*.csv"))
-    return [path for path in paths if path.read_text(errors="replace").startswith(",".join(table.FIELDS))]
+    """Those CSV files of bench/results that bench.run wrote; ValueError if there is none."""
+    header = ",".join(table.FIELDS)
+    found = [path for path in sorted(RESULTS.glob("*.csv")) if path.read_text(errors="replace").startswith(header)]
+    if not found:
+        raise ValueError(f"tables: expected a CSV of bench.run in {RESULTS}, found none")
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -267,20 +272,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("tables", nargs="*", type=Path, help="CSV files of bench.run; default: all in bench/results")
     parser.add_argument("--out", type=Path, help="folder for the pictures; default: that of each file")
     options = parser.parse_args(arguments)
-    tables = options.tables or found_tables()
-    if not tables:
-        parser.error(f"tables: expected a CSV of bench.run in {RESULTS}, found none")
-    for path in tqdm(tables, disable=None):
-        try:
-            written = plot(path, options.out or path.parent)
-        except ValueError as error:
-            parser.error(str(error))
-        except OSError as error:
-            parser.error(f"--out: cannot write {error.filename}: {error.strerror}")
-        if not written:
-            parser.error(f"{path}: expected rows of a sweep or of named cases, forward and backward, got none")
-        for picture in written:
-            tqdm.write(str(picture))
+    try:
+        for path in tqdm(options.tables or found_tables(), disable=None):
+            for picture in plot(path, options.out or path.parent):
+                tqdm.write(str(picture))
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    except OSError as error:
+        parser.exit(2, f"{parser.prog}: --out: cannot write {error.filename}: {error.strerror}\n")
     return 0
 
 

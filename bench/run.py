@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table.check_writable(path)
         old = table.read(options.compare) if options.compare else []
     except ValueError as error:
-        parser.error(str(error))
+        parser.exit(2, f"{parser.prog}: {error}\n")
 
     memory = not (options.no_memory or options.contended)
     if memory and not can_measure_memory(device):

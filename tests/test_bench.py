@@ -45,8 +45,8 @@ def row(**values):
 def fails_in_one_line(capsys, arguments, *expected, command=run):
     with pytest.raises(SystemExit) as exit:
         command.main(arguments)
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert exit.value.code == 2
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and message.count("\n") == 1 and message.endswith("\n")
     for part in expected:
         assert part in message
 
@@ -296,6 +296,18 @@ def test_a_foreign_file_is_refused_and_left_alone(content, tmp_path, capsys):
     fails_in_one_line(capsys, ["--compare", str(path), "--out", str(tmp_path / "new.csv")], "foreign.csv", "expected")
     fails_in_one_line(capsys, [str(path)], "foreign.csv", "expected", command=plot)
     assert path.read_bytes() == content and not (tmp_path / "new.csv").exists()
+
+
+def test_nothing_to_draw_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    (tmp_path / "other.csv").write_bytes(b"\xff,foreign\n")
+    fails_in_one_line(capsys, [], "tables", "found none", command=plot)
+    path = tmp_path / "rows.csv"
+    table.append([row(mode="forward")], path)
+    fails_in_one_line(capsys, [], "rows.csv", "forward and backward", command=plot)
+    table.append([row()], path)
+    assert plot.main([]) == 0 and (tmp_path / "rows-cases.png").exists()
+    fails_in_one_line(capsys, ["--out", str(tmp_path / "no")], "--out", "no", command=plot)
 
 
 def test_listing_measures_nothing(capsys):
