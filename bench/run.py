@@ -1,80 +1,101 @@
-"""Time and memory of the loss, forward and backward, beside the unfolded code it replaces.
+"""`python -m bench.run`: time, memory and errors of the loss beside the code it replaces.
 
-`python -m bench.run` measures every case and appends rows to bench/results/cpu.csv; `--contended` does so while another
-process keeps an OpenMP job on every core. Implementations take turns in one process, each with one step untimed and one
-timed, and ratios are taken turn by turn, since the speed of a shared machine drifts. Peak memory is the growth of a
-fresh process.
+Measures the named cases and sweeps of `bench.cases` on a GPU if there is one, else on the CPU, and appends rows to one
+CSV a device in bench/results/. `--contended` does so while another process keeps an OpenMP job on every core. With
+`--compare` the new rows are compared with those of an older file, and the exit status is 1 if an engine became slower
+or needs more memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import ctypes
+import dataclasses
 import datetime
-import importlib.util
+import functools
+import importlib.metadata
 import platform
-import statistics
+import re
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 import gcrf_triton
-from reference import gated_crf_unfold
+from bench import table
+from bench.cases import NAMED, SWEEPS, Case, named, sweep
+from bench.implementations import IMPLEMENTATIONS, MODES, all_names, one_line, own_engine, why_not
+from bench.measure import Result, Settings, can_measure_memory, measure, percentiles
 
-KERNELS = [{"weight": 1.0, "xy": 6.0, "rgb": 0.1}]
-RADIUS = 5
-CASES = [(1, 21, 128, 128), (4, 21, 64, 64), (1, 4, 256, 256), (2, 21, 256, 256)]  # N, C, H, W
-RESULTS = Path(__file__).parent / "results" / "cpu.csv"
+RESULTS = Path(__file__).parent / "results"
+DTYPES = ("float64", "float32", "float16", "bfloat16")
 OPENMP_JOB = "import torch; x = torch.ones(1 << 22)\nwhile True: x.mul_(1.0)"
 
 
-def ours(probabilities: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-    return gcrf_triton.gated_crf_loss(probabilities, {"rgb": image}, KERNELS, RADIUS)
+def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=str(__doc__).split("\n")[0])
+    parser.add_argument("--cases", nargs="*", metavar="NAME", help="named cases; alone or without names: no sweeps")
+    parser.add_argument("--sweeps", nargs="*", metavar="NAME", help=f"of {', '.join(SWEEPS)}; alone: no named cases")
+    parser.add_argument("--quick", action="store_true", help="small cases, minutes on two cores")
+    parser.add_argument("--list", action="store_true", help="print the cases and measure nothing")
+    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, metavar="NAME")
+    parser.add_argument(
+        "--modes", nargs="+", choices=MODES, help="default: both for named cases, forward+backward for sweeps"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of every prediction")
+    parser.add_argument("--repeats", type=int, help="turns; default: 7 on a CPU, 50 on a GPU")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        help="seconds of turns for an implementation of a case, of which there are at least 3 "
+        "if one step takes less; default: 10, 1 with --quick",
+    )
+    parser.add_argument("--device", help="as PyTorch names it; default: the accelerator if there is one, else cpu")
+    parser.add_argument("--cuda-graph", action="store_true", help="time steps as CUDA graphs, without launch overheads")
+    parser.add_argument("--contended", action="store_true", help="beside another process's OpenMP job on every core")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--out", type=Path, help="CSV file to append to; default: named after the device")
+    parser.add_argument("--compare", type=Path, metavar="OLD.csv", help="exit with 1 if an engine became worse")
+    parser.add_argument("--threshold", type=float, default=1.2, help="factor from which worse counts (1.2)")
+    return parser, parser.parse_args(arguments)
 
 
-def unfold(probabilities: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-    n, _, height, width = probabilities.shape
-    return gated_crf_unfold(probabilities, {"rgb": image}, KERNELS, RADIUS) / (n * height * width)
+def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
+    """Cases and sweeps asked for, or all of both; ValueError for an unknown name."""
+    everything = arguments.cases is None and arguments.sweeps is None
+    known = [case.name for case in NAMED]
+    names = known if everything or arguments.cases == [] else arguments.cases or []
+    quantities = list(SWEEPS) if everything or arguments.sweeps == [] else arguments.sweeps or []
+    for option, given, possible in (("--cases", names, known), ("--sweeps", quantities, SWEEPS)):
+        for name in given:
+            if name not in possible:
+                raise ValueError(f"{option}: expected names of {', '.join(possible)}, got {name!r}")
+    cases = named(names, arguments.quick) + [
+        case for quantity in quantities for case in sweep(quantity, arguments.quick)
+    ]
+    return [dataclasses.replace(case, dtype=arguments.dtype or case.dtype) for case in cases]
 
 
-def official(probabilities: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-    from pymic.loss.seg.gatedcrf import GatedCRFLoss
-
-    mask = torch.ones_like(image[:, :1])  # without one it also counts neighbours outside the image
-    sample = {"rgb": image.clone()}  # which it overwrites
-    return GatedCRFLoss()(probabilities, KERNELS, RADIUS, sample, *image.shape[2:], mask_src=mask)["loss"]
-
-
-def implementations() -> dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
-    """The ones that can run here: PyMIC's copy of the official module only where it is installed."""
-    known = {"gcrf_triton": ours, "unfold": unfold, "pymic": official}
-    return {name: run for name, run in known.items() if name != "pymic" or importlib.util.find_spec("pymic")}
-
-
-def make_inputs(shape: tuple[int, int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax of noise [N, C, H, W], and images in [0, 1] with smooth areas, edges and a little noise [N, 3, H, W]."""
-    generator = torch.Generator().manual_seed(0)
-    n, _, height, width = shape
-    coarse = torch.rand(n, 3, 1 + height // 16, 1 + width // 16, generator=generator)
-    image = torch.nn.functional.interpolate(coarse, (height, width), mode="nearest")
-    image = (image + 0.05 * torch.randn(n, 3, height, width, generator=generator)).clamp(0, 1)
-    return torch.randn(shape, generator=generator).softmax(1), image
-
-
-def step(run: Callable, probabilities: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and gradient."""
-    probabilities = probabilities.detach().requires_grad_()
-    loss = run(probabilities, image)
-    loss.backward()
-    return loss.detach(), probabilities.grad
+def chosen_device(name: str | None) -> torch.device:
+    if name is None:
+        available = torch.accelerator.is_available()
+        name = str(torch.accelerator.current_accelerator()) if available else "cpu"
+        name = name if name.startswith(("cuda", "xpu")) else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: cannot use {name!r}: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda", "xpu"):
+        raise ValueError(f"--device: expected cpu, cuda or xpu, got {name!r}")
+    if device.index is not None and device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
+    return device
 
 
 @contextlib.contextmanager
@@ -92,137 +113,170 @@ def openmp_job(wanted: bool) -> Iterator[None]:
         job.wait()
 
 
-def peak_bytes(name: str, shape: tuple[int, int, int, int]) -> int:
-    """Growth of a fresh process's resident memory during one step, above its inputs."""
-    arguments = [sys.executable, "-m", "bench.run", "--memory-of", name, *map(str, shape)]
-    return int(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
-
-
-def measure_memory(name: str, shape: tuple[int, int, int, int]) -> int:
-    run = implementations()[name]
-    step(run, *make_inputs((1, shape[1], 8, 8)))  # load what is loaded on first use
-    inputs = make_inputs(shape)
-    status = Path("/proc/self/status")
-    if not status.exists():
-        raise SystemExit("bench.run: peak memory is read from /proc, which this system does not have: use --no-memory")
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # freed pages that stay resident would hide new ones
-    before = _status_bytes(status, "VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    step(run, *inputs)
-    return _status_bytes(status, "VmHWM") - before
-
-
-def _status_bytes(status: Path, field: str) -> int:
-    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])
-
-
-def errors(found: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...]) -> tuple[float, float]:
-    """Relative error of the loss, and of the gradient in norm."""
-    return tuple(float((f.double() - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True))
-
-
-def measure(shape: tuple[int, int, int, int], repeats: int, memory: bool, progress: tqdm) -> list[dict]:
-    inputs, runs = make_inputs(shape), implementations()
-    exact = step(ours, *(tensor.double() for tensor in inputs))
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    found = {name: step(run, *inputs) for name, run in runs.items()}  # warm-up
-    for _ in range(repeats):
-        for name, run in runs.items():
-            step(run, *inputs)  # so that nobody pays for what the one before left behind
-            start = time.perf_counter()
-            step(run, *inputs)
-            times[name].append(time.perf_counter() - start)
-            progress.update()
-    rows = []
-    for name, seconds in times.items():
-        ratios = [other / own for other, own in zip(seconds, times["gcrf_triton"], strict=True)]
-        loss_error, gradient_error = errors(found[name], exact)
-        rows.append(
-            {
-                "shape": "x".join(map(str, shape)),
-                "implementation": name,
-                **{f"seconds_{key}": f"{value:.5f}" for key, value in percentiles(seconds).items()},
-                **{f"time_ratio_{key}": f"{value:.1f}" for key, value in percentiles(ratios).items()},
-                "peak_bytes": peak_bytes(name, shape) if memory else "",
-                "loss_error": f"{loss_error:.1e}",
-                "gradient_error": f"{gradient_error:.1e}",
-            }
-        )
-    own_peak = rows[0]["peak_bytes"]
-    return [{**row, "memory_ratio": f"{row['peak_bytes'] / own_peak:.1f}" if memory else ""} for row in rows]
-
-
-def percentiles(values: list[float]) -> dict[str, float]:
-    low, high = np.percentile(values, [20, 80])
-    return {"median": statistics.median(values), "p20": float(low), "p80": float(high)}
-
-
-def surroundings(contended: bool) -> dict[str, str | int]:
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent)
-    return {
-        "mode": "forward+backward",
-        "dtype": "float32",
-        "contended": "yes" if contended else "no",
-        "device": processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "gcrf_triton": gcrf_triton.__version__,
-        "revision": git.stdout.strip() or "unknown",
-        "utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def processor() -> str:
+def device_name(device: torch.device) -> str:
+    if device.type != "cpu":
+        return torch.get_device_module(device).get_device_name(device)
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{len(names)} x {names[0]}" if names else platform.processor() or platform.machine()
 
 
-def append(rows: list[dict], path: Path) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+def driver_version(device: torch.device) -> str:
+    if device.type == "cpu":
+        return ""
+    if device.type == "cuda" and torch.version.cuda and shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        lines = subprocess.run(query, capture_output=True, text=True).stdout.split()
+        return f"{lines[0] if lines else 'unknown'}, CUDA {torch.version.cuda}"
+    properties = torch.get_device_module(device).get_device_properties(device)
+    return str(torch.version.hip or getattr(properties, "driver_version", "unknown"))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--contended", action="store_true", help="beside another process's OpenMP job on every core")
-    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file to append to")
-    parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.memory_of:
-        name, *shape = arguments.memory_of
-        print(measure_memory(name, tuple(map(int, shape))))
-        return
-    if arguments.repeats < 1:
-        parser.error(f"--repeats: expected at least 1, got {arguments.repeats}")
+def version(package: str) -> str:
     try:
-        arguments.out.open("a").close()
-    except OSError as error:
-        parser.error(f"--out: cannot write {arguments.out}: {error.strerror}")
-    if not arguments.out.stat().st_size:
-        arguments.out.unlink()
-    memory = not (arguments.no_memory or arguments.contended)
-    total = len(CASES) * arguments.repeats * len(implementations())
-    with tqdm(total=total, unit="step", disable=None) as progress, openmp_job(arguments.contended):
-        for shape in CASES:
-            rows = measure(shape, arguments.repeats, memory, progress)
-            append([{**row, **surroundings(arguments.contended)} for row in rows], arguments.out)
-            for row in rows:
-                progress.write(
-                    f"{row['shape']:>15} {row['implementation']:12} {1e3 * float(row['seconds_median']):9.1f} ms   "
-                    f"time x{row['time_ratio_median']} ({row['time_ratio_p20']}-{row['time_ratio_p80']})   "
-                    f"memory x{row['memory_ratio'] or '?'}   error {row['loss_error']}, {row['gradient_error']}"
-                )
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def surroundings(device: torch.device, arguments: argparse.Namespace) -> dict[str, str]:
+    """What every row says about machine and versions."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent)
+    return {
+        "device": device_name(device),
+        "driver": driver_version(device),
+        "threads": str(torch.get_num_threads()),
+        "contended": "yes" if arguments.contended else "no",
+        "cuda_graph": "yes" if arguments.cuda_graph else "no",
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "gcrf_triton": gcrf_triton.__version__,
+        "pymic": version("pymic"),
+        "revision": git.stdout.strip() or "unknown",
+    }
+
+
+def row_of(case: Case, mode: str, name: str, result: Result, own: Result | None) -> dict[str, str]:
+    """One row of the table, all but the surroundings; ratios are to the engine of its own in the same turns."""
+    row = {field: str(value) for field, value in case.describe().items()}
+    row |= dict.fromkeys(table.FIELDS[len(row) :], "")
+    row |= {"mode": mode, "implementation": name, "status": result.status, "config": result.config}
+    seconds = result.seconds if result.status in table.MEASURED else []
+    own_seconds = own.seconds if own and own.status in table.MEASURED else []
+    ratios = [other / best for other, best in zip(seconds, own_seconds, strict=False)]
+    for column, values in (("seconds", seconds), ("ratio", ratios)):
+        if values:
+            for point, value in zip(("median", "p20", "p80"), percentiles(values), strict=True):
+                row[f"{column}_{point}"] = f"{value:.4g}"
+    row["turns"] = str(len(seconds))
+    row["peak_bytes"] = "" if result.peak_bytes is None else str(result.peak_bytes)
+    for column, error in zip(("loss_error", "gradient_error"), result.errors, strict=False):
+        row[column] = f"{error:.1e}"
+    return row
+
+
+def show(progress: tqdm, case: Case, mode: str, name: str) -> None:
+    progress.set_postfix_str(f"{case.name} {mode} {name}")
+    progress.update()
+
+
+def print_row(row: Mapping[str, str]) -> None:
+    seconds = f"{1e3 * float(row['seconds_median']):10.2f} ms" if row["seconds_median"] else f"{'-':>13}"
+    ratios = [f"{float(row[f'ratio_{point}'] or 'nan'):.3g}" for point in ("median", "p20", "p80")]
+    ratio = f"x{ratios[0]} ({ratios[1]}-{ratios[2]})" if row["ratio_median"] else "-"
+    memory = f"{int(row['peak_bytes']) / 1e6:.1f} MB" if row["peak_bytes"] else "-"
+    error = "".join(f" {row[name]}" for name in ("loss_error", "gradient_error"))
+    problem = f"{row['case']:20} {row['shape']:>15} {row['mode']:16} {row['implementation']:15}"
+    tqdm.write(f"{problem} {seconds}  {ratio:24} {memory:>12} {error}  {row['status']}")
+
+
+def print_comparison(new: Sequence[table.Row], old: Sequence[table.Row], threshold: float) -> int:
+    """Print what `table.compare` finds; 1 if anything became worse than the threshold, 2 if nothing is alike."""
+    changes = table.compare(new, old)
+    if not changes:
+        print(
+            "--compare: expected rows of the same cases, device and threads, got none of the new rows", file=sys.stderr
+        )
+        return 2
+    for row, quantity, factor in changes:
+        verdict = "worse" if factor > threshold else "better" if factor < 1 / threshold else "same"
+        print(
+            f"{row['case']:20} {row['shape']:>15} {row['mode']:16} {row['implementation']:14} "
+            f"{quantity:28} x{factor:.2f} {verdict}"
+        )
+    return int(any(factor > threshold for _, _, factor in changes))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser, options = parse(arguments)
+    try:
+        cases = chosen_cases(options)
+        if options.list:
+            for case in cases:
+                print("  ".join(f"{name}={value}" for name, value in case.describe().items() if value))
+            return 0
+        if options.repeats is not None and options.repeats < 1:
+            raise ValueError(f"--repeats: expected at least 1, got {options.repeats}")
+        if options.budget is not None and not options.budget > 0:
+            raise ValueError(f"--budget: expected a number above 0, got {options.budget:g}")
+        device = chosen_device(options.device)
+        if options.cuda_graph and device.type != "cuda":
+            raise ValueError(f"--cuda-graph: expected a CUDA device, got {device}")
+        slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+        path = options.out or RESULTS / f"{slug}.csv"
+        table.check_writable(path)
+        old = table.read(options.compare) if options.compare else []
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+    memory = not (options.no_memory or options.contended)
+    if memory and not can_measure_memory(device):
+        print("peak memory is not measured: it is read from /proc, which this system does not have")
+        memory = False
+    settings = Settings(
+        options.repeats or (7 if device.type == "cpu" else 50),
+        options.budget or (1.0 if options.quick else 10.0),
+        memory,
+        options.cuda_graph,
+    )
+    reasons = {name: why_not(name, device) for name in all_names(options.implementations, device)}
+    for name, reason in reasons.items():
+        if reason:
+            print(f"{name} is left out: {reason}")
+    names = [name for name, reason in reasons.items() if reason is None]
+    own = own_engine(device)
+    jobs = [
+        (case, mode, [name for name in names if name != "copy" or mode != "forward"])
+        for case in cases
+        for mode in options.modes or (MODES[1:] if case.sweep else MODES)
+    ]
+
+    rows: list[dict[str, str]] = []
+    try:
+        common = surroundings(device, options)  # before rows make the repository dirty
+        total = sum(len(names) for _, _, names in jobs)
+        with tqdm(total=total, disable=None) as progress, openmp_job(options.contended):
+            for case, mode, names in jobs:
+                results = measure(case, mode, names, device, settings, functools.partial(show, progress, case, mode))
+                utc = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+                new = [
+                    row_of(case, mode, name, result, results.get(own)) | common | {"utc": utc}
+                    for name, result in results.items()
+                ]
+                table.append(new, path)
+                rows += new
+                for row in new:
+                    print_row(row)
+    except KeyboardInterrupt:
+        print(f"interrupted: {len(rows)} rows are kept in {path}", file=sys.stderr)
+        return 130
+    except (torch.AcceleratorError, torch.OutOfMemoryError) as error:  # not even inputs can be put on the device
+        print(f"stopped: {one_line(error)}: {len(rows)} rows are kept in {path}", file=sys.stderr)
+        return 1
+    print(f"{len(rows)} rows appended to {path}")
+    return print_comparison(rows, old, options.threshold) if options.compare else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""Time, peak memory and errors of implementations on one case, side by side.
+
+Every implementation first runs alone, which yields its peak memory (of a fresh process on a CPU, of the allocator on a
+GPU), its errors against float64 and how long a step takes. Then they take turns, each with one step untimed and one
+timed, as the speed of a shared machine drifts; ratios are taken turn by turn. On a GPU events around a step that meets
+an idle device give its time, so that it includes what launching costs, unless CUDA graphs are asked for. What does not
+fit into memory, by its prediction or when tried, fails or is slow is recorded as such, and the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import itertools
+import multiprocessing
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.cases import Case
+from bench.implementations import Step, bytes_needed, make_inputs, make_step, one_line
+
+HEADROOM = 1.25  # of memory, above what bytes_needed counts
+FEWEST_TURNS = 3
+NEEDS_NO_WARMING = 0.2  # seconds a step
+STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to measure: the most turns, seconds for an implementation of a case, whether to measure memory."""
+
+    repeats: int
+    budget: float
+    memory: bool = True
+    cuda_graph: bool = False
+
+
+@dataclasses.dataclass
+class Result:
+    """What one implementation did in one case and mode; None and empty where it was not measured."""
+
+    status: str = "ok"
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    peak_bytes: int | None = None
+    errors: tuple[float, ...] = ()
+    config: str = ""
+
+    @contextlib.contextmanager
+    def recording_failure(self) -> Iterator[None]:
+        """Context in which an error of an implementation becomes its status."""
+        try:
+            yield
+        except (MemoryError, torch.OutOfMemoryError, BrokenProcessPool):  # a killed process: the system ran out
+            self.status = "oom"
+        except Exception as error:
+            exhausted = "allocate memory" in str(error) or "out of memory" in str(error).lower()
+            self.status = "oom" if exhausted else f"error: {one_line(error)}"
+
+
+def measure(
+    case: Case,
+    mode: str,
+    names: Sequence[str],
+    device: torch.device,
+    settings: Settings,
+    report: Callable[[str], None] = lambda name: None,
+) -> dict[str, Result]:
+    """Every implementation's result in a case and mode; `report` hears whose turn to run alone it is."""
+    inputs = make_inputs(case)
+    # by the engine whose float64 agrees with explicit loops, and on the CPU, where memory is not what is measured
+    exact = make_step("torch-engine", case, mode)(*(tensor.double() for tensor in inputs))
+    inputs = tuple(tensor.to(device) for tensor in inputs)
+    seconds = stopwatch(device)
+    results = {name: Result() for name in names}
+    steps: dict[str, Step] = {}
+    for name, result in results.items():
+        report(name)
+        with result.recording_failure():
+            if HEADROOM * bytes_needed(name, case) > available_bytes(device):
+                result.status = "oom-predicted"
+                continue
+            if settings.memory and device.type == "cpu":
+                result.peak_bytes = peak_of_process(name, case, mode)
+            step = make_step(name, case, mode)
+            run_alone(result, name, step, inputs, exact, seconds, settings)
+            steps[name] = step
+
+    # all have run by now: a graph keeps its memory, which those that are captured after it share
+    prepare = preparation(inputs, settings)
+    ready: dict[str, Callable[[], object]] = {}
+    for name, step in steps.items():
+        result = results[name]
+        with result.recording_failure():
+            ready[name] = prepare(step)
+            if device.type != "cpu" or name == "unfold-compiled" or result.seconds[0] < NEEDS_NO_WARMING:
+                result.seconds = [seconds(ready[name])]  # without what is loaded and compiled on first use
+        if result.status == "ok" and result.seconds[0] > settings.budget:
+            result.status = "one step"
+    take_turns(results, {name: step for name, step in ready.items() if results[name].status == "ok"}, seconds, settings)
+    return results
+
+
+def run_alone(
+    result: Result,
+    name: str,
+    step: Step,
+    inputs: tuple[Tensor, ...],
+    exact: tuple[Tensor, ...],
+    seconds: Callable[[Callable[[], object]], float],
+    settings: Settings,
+) -> None:
+    """Put seconds, errors, configuration and, on a GPU, peak memory of one implementation into its result."""
+    found: list[Tensor] = []
+    with recorded_configs() as configs:
+        result.seconds = [seconds(lambda: found.extend(step(*inputs)))]
+    result.config = " + ".join(dict.fromkeys(configs))
+    if name != "copy":
+        result.errors = errors(found, exact)
+    found.clear()
+    if settings.memory and inputs[0].device.type != "cpu":
+        result.peak_bytes = peak_of_allocator(step, inputs)
+
+
+def take_turns(
+    results: dict[str, Result],
+    steps: dict[str, Callable[[], object]],
+    seconds: Callable[[Callable[[], object]], float],
+    settings: Settings,
+) -> None:
+    """Time the steps turn by turn, the slow ones in fewer turns, and put their seconds into the results."""
+    first = {name: max(*results[name].seconds, 1e-7) for name in steps}
+    warmed = {name: first[name] < NEEDS_NO_WARMING for name in steps}
+    turns = {}
+    for name in steps:
+        results[name].seconds = []
+        affordable = int(settings.budget / first[name] / (1 + warmed[name]))
+        turns[name] = min(max(FEWEST_TURNS, affordable), settings.repeats)
+    for turn in range(settings.repeats):
+        for name, step in steps.items():
+            result = results[name]
+            if turn >= turns[name] or result.status != "ok":
+                continue
+            with result.recording_failure():
+                if warmed[name]:
+                    step()  # so that nobody pays for what the one before left behind
+                result.seconds.append(seconds(step))
+
+
+def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """A function that runs a step and returns its seconds on a device."""
+
+    def of_cpu(step: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+
+    def of_accelerator(step: Callable[[], object]) -> float:
+        module = torch.get_device_module(device)
+        start, end = module.Event(enable_timing=True), module.Event(enable_timing=True)
+        torch.accelerator.synchronize()
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return of_cpu if device.type == "cpu" else of_accelerator
+
+
+def preparation(inputs: tuple[Tensor, ...], settings: Settings) -> Callable[[Step], Callable[[], object]]:
+    """A function that makes a step one without arguments.
+
+    On a GPU its inputs are copies in turn, which together exceed the cache; CUDA graphs, one a copy, share memory.
+    """
+    device = inputs[0].device
+    if device.type == "cpu":
+        return lambda step: functools.partial(step, *inputs)
+    properties = torch.get_device_module(device).get_device_properties(device)
+    cache = getattr(properties, "L2_cache_size", 2**26)
+    steps = 1 + 2 * settings.repeats
+    count = min(2 + cache // sum(tensor.nbytes for tensor in inputs), steps)
+    copies = [tuple(tensor.clone() for tensor in inputs) for _ in range(count)]
+
+    def rotating(step: Step) -> Callable[[], object]:
+        turns = itertools.cycle(copies)
+        return lambda: step(*next(turns))
+
+    def graphs(step: Step) -> Callable[[], object]:
+        captured = itertools.cycle([capture(step, inputs, pool) for inputs in copies])
+        return lambda: next(captured).replay()
+
+    pool = torch.cuda.graph_pool_handle() if settings.cuda_graph else None
+    return graphs if settings.cuda_graph else rotating
+
+
+def capture(step: Step, inputs: tuple[Tensor, ...], pool: tuple[int, int] | None) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        step(*inputs)
+    return graph
+
+
+def available_bytes(device: torch.device) -> float:
+    """Memory that can still be allocated on a device; infinity where the system does not say."""
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()
+        return torch.get_device_module(device).mem_get_info()[0]
+    information = Path("/proc/meminfo")
+    return _kilobytes(information, "MemAvailable") if information.exists() else float("inf")
+
+
+def can_measure_memory(device: torch.device) -> bool:
+    return device.type != "cpu" or REFERENCES.exists()
+
+
+def peak_of_allocator(step: Step, inputs: tuple[Tensor, ...]) -> int:
+    """Growth of the memory allocated on the accelerator during one step, above its inputs."""
+    torch.accelerator.synchronize()
+    torch.accelerator.reset_peak_memory_stats()
+    before = torch.accelerator.memory_allocated()
+    step(*inputs)
+    torch.accelerator.synchronize()
+    return torch.accelerator.max_memory_allocated() - before
+
+
+@functools.cache
+def _fresh_processes() -> multiprocessing.context.BaseContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "pymic.loss.seg.gatedcrf"])
+    return context
+
+
+def peak_of_process(name: str, case: Case, mode: str) -> int:
+    """Growth of a fresh process's resident memory during one step, above its inputs; BrokenProcessPool if killed."""
+    ignore_interrupts = (signal.SIGINT, signal.SIG_IGN)  # the one line about them is that of the process above
+    with ProcessPoolExecutor(1, _fresh_processes(), signal.signal, ignore_interrupts) as process:
+        return process.submit(_grow, name, case, mode).result()
+
+
+def _grow(name: str, case: Case, mode: str) -> int:
+    step = make_step(name, case, mode)
+    if name != "unfold-compiled":
+        step(*make_inputs(dataclasses.replace(case, shape=(1, case.shape[1], 8, 8))))  # load what the first use loads
+    inputs = make_inputs(case)
+    if name == "unfold-compiled":
+        step(*inputs)  # it is compiled for one shape
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # freed pages that stay resident would hide new ones
+    before = _kilobytes(STATUS, "VmRSS")
+    REFERENCES.write_text("5")  # the peak starts again from here
+    step(*inputs)
+    return _kilobytes(STATUS, "VmHWM") - before
+
+
+def _kilobytes(file: Path, field: str) -> int:
+    line = next(line for line in file.read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+def errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> tuple[float, ...]:
+    """Relative error of the loss, and of the gradient in norm."""
+    return tuple(float((f.cpu().double() - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True))
+
+
+@contextlib.contextmanager
+def recorded_configs() -> Iterator[list[str]]:
+    """Context that lists the configurations with which the Triton engine launches."""
+    configs: list[str] = []
+    try:
+        from gcrf_triton import triton_engine
+    except ImportError:  # no Triton, no configurations
+        yield configs
+        return
+    choose = triton_engine.choose_config
+
+    def choose_and_record(key):
+        config = choose(key)
+        configs.append(str(config))
+        return config
+
+    triton_engine.choose_config = choose_and_record
+    try:
+        yield configs
+    finally:
+        triton_engine.choose_config = choose
+
+
+def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile."""
+    low, high = np.percentile(values, [20, 80])
+    return statistics.median(values), float(low), float(high)
