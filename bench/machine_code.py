@@ -89,9 +89,9 @@ def record_launches(
     gate = torch.empty(n, height, width, dtype=wide, device="meta") if gated else None
     pairs = (features, gate, gate, weights, sigmas, radius)
     originals = {name: getattr(module, name) for name in ("pack", "sum_tile", "sum_offsets")}
-    find_arch = triton_engine._device_and_arch
+    find_arch = triton_engine.device_and_arch
     try:
-        triton_engine._device_and_arch = lambda device: (target, target)
+        triton_engine.device_and_arch = lambda device: (target, target)
         for name, kernel in originals.items():
             setattr(module, name, Recorder(kernel))
         with contextlib.nullcontext() if config is None else use_config(config):
@@ -103,7 +103,7 @@ def record_launches(
             else:
                 triton_engine.apply_pairwise([input.to(wide)], *pairs)
     finally:
-        triton_engine._device_and_arch = find_arch
+        triton_engine.device_and_arch = find_arch
         for name, kernel in originals.items():
             setattr(module, name, kernel)
     return launches

@@ -1,12 +1,13 @@
-"""`python -m bench.plot`: pictures of what `python -m bench.run` measured, from its CSV files alone.
+"""`python -m bench.plot`: pictures of what was measured (bench.run) and modelled (bench.static_cost), from CSVs alone.
 
-For every file two pictures beside it: time and memory against pixels, radius and classes, and the ratios of the named
-cases.
+For every file of measurements two pictures beside it: time and memory against pixels, radius and classes, and the
+ratios of the named cases. For one of modelled costs: the clocks a pixel that every unit of a multiprocessor needs.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
 from tqdm import tqdm
 
 from bench import table
+from bench.static_cost import FIELDS as MODELLED
 from bench.table import Row
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,6 +39,15 @@ FLOOR = {"color": "0.45", "linestyle": ":", "linewidth": 2}
 CROSS = {"color": "0.3", "marker": "x", "markersize": 9, "markeredgewidth": 2.5, "linestyle": ""}
 HOLLOW = {"markerfacecolor": "white", "linestyle": ""}
 SIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+UNITS = {
+    "issue": ("instructions issued", {"color": "#000000", "marker": "|", "markersize": 14}),
+    "memory": ("loads, stores, shared memory", {"color": "#0072B2", "marker": "o"}),
+    "special": ("powers of two", {"color": "#D55E00", "marker": "s"}),
+    "tensor": ("tensor cores", {"color": "#009E73", "marker": "^"}),
+    "fma": ("multiply-adds", {"color": "#CC79A7", "marker": "v"}),
+    "alu": ("integers and comparisons", {"color": "#E69F00", "marker": "D"}),
+    "dram": ("memory of the device", {"color": "#56B4E9", "marker": "P"}),
+}
 plt.style.use("default")
 matplotlib.rcParams.update({"font.size": 12, "figure.dpi": 120, "svg.hashsalt": "gcrf_triton"})
 
@@ -146,7 +157,7 @@ def draw_sweeps(rows: Sequence[Row]) -> Figure | None:
     if not curves:
         return None
     figure, grid = plt.subplots(
-        2, len(curves), figsize=(1.5 + 4.6 * len(curves), 9), squeeze=False, sharex="col", sharey="row"
+        2, len(curves), figsize=(max(10, 1.5 + 4.6 * len(curves)), 9), squeeze=False, sharex="col", sharey="row"
     )
     for (quantity, found), (top, bottom) in zip(curves.items(), grid.T, strict=True):
         draw_sweep(top, found, quantity, "seconds", 1e3)
@@ -243,33 +254,84 @@ def finish(figure: Figure, rows: Sequence[Row], floor: bool) -> None:
     figure.text(0.5, 0.1 / height, caption, ha="center", va="bottom", fontsize=10, color="0.25")
 
 
+def draw_units(rows: Sequence[Row]) -> Figure | None:
+    """For every target and dtype the modelled clocks a pixel of each unit, and those of the kernel without tiles."""
+    together = [row for row in rows if row["kernel"] == "together" and row["gates"] == "no"]
+    common = {(row["classes"], row["radius"]) for row in together}
+    if len(common) != 1:  # nothing, or no one problem to compare targets by
+        return None
+    ((classes, radius),) = common
+    figure, axes = plt.subplots(figsize=(12, 2.4 + 0.5 * len(together)))
+    for line, row in enumerate(together):
+        clocks = {unit: float(row[f"{unit}_clocks"]) for unit in UNITS}
+        axes.barh(line, max(clocks.values()), height=0.62, color="0.9")
+        for unit, value in clocks.items():
+            style = {"markersize": 8, "markeredgewidth": 2 if unit == "issue" else 1} | UNITS[unit][1]
+            axes.plot(max(value, 1e-3), line, linestyle="", **style)
+    for row in rows:
+        if row["kernel"] == "sum_offsets" and row["gates"] == "no":
+            for line, tiled in enumerate(together):
+                if (tiled["target"], tiled["dtype"]) == (row["target"], "float32"):
+                    axes.plot(float(row["bound_clocks"]), line, **CROSS)
+    labels = [f"{row['device']} ({row['target']})\n{row['dtype']}" for row in together]
+    axes.set_yticks(range(len(together)), labels, fontsize=11)
+    axes.set(xscale="log", ylim=(len(together) - 0.5, -0.5), xlabel="modelled clocks a pixel and multiprocessor")
+    axes.set_xlim(left=1)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.grid(color="0.85", axis="x")
+    axes.set_axisbelow(True)
+    handles = [
+        plt.Line2D([], [], label=label, linestyle="", **{"markersize": 8} | style) for label, style in UNITS.values()
+    ]
+    handles.append(plt.Line2D([], [], label="pairs one offset at a time, float32", **CROSS))
+    handles.append(plt.Rectangle((0, 0), 1, 1, color="0.9", label="bound: the busiest unit"))
+    height = figure.get_figheight()
+    figure.tight_layout(rect=(0, 0.5 / height, 1, 1 - 0.95 / height))
+    figure.legend(handles=handles, ncols=3, loc="upper center", frameon=False, fontsize=11)
+    caption = (
+        f"512 x 512 pixels, {classes} classes, radius {radius}, loss and gradient from logits; a model of compiled"
+    )
+    figure.text(0.5, 0.1 / height, f"{caption} code: nothing was measured", ha="center", fontsize=10, color="0.25")
+    return figure
+
+
 def plot(path: Path, folder: Path) -> list[Path]:
-    """Write the pictures of one CSV of measurements into a folder; their paths."""
-    rows = table.read(path)
+    """Write the pictures of one CSV, of measurements or of modelled costs, into a folder; their paths."""
+    if is_modelled(path):
+        with path.open(newline="") as file:
+            figures = {"units": draw_units(list(csv.DictReader(file)))}
+    else:
+        rows = table.read(path)
+        figures = {"sweeps": draw_sweeps(rows), "cases": draw_cases(rows)}
     written = []
-    for kind, figure in (("sweeps", draw_sweeps(rows)), ("cases", draw_cases(rows))):
+    for kind, figure in figures.items():
         if figure is not None:
             written.append(folder / f"{path.stem}-{kind}.png")
             figure.savefig(written[-1], metadata={"Software": None})
             plt.close(figure)
     if not written:
-        raise ValueError(f"{path}: expected rows of a sweep or of named cases, forward and backward, got none")
+        wanted = "of one problem" if is_modelled(path) else "of a sweep or of named cases, forward and backward"
+        raise ValueError(f"{path}: expected rows {wanted}, got none")
     return written
 
 
+def is_modelled(path: Path) -> bool:
+    return path.is_file() and path.read_text(errors="replace").startswith(",".join(MODELLED))
+
+
 def found_tables() -> list[Path]:
-    """Those CSV files of bench/results that bench.run wrote; ValueError if there is none."""
-    header = ",".join(table.FIELDS)
-    found = [path for path in sorted(RESULTS.glob("*.csv")) if path.read_text(errors="replace").startswith(header)]
+    """Those CSV files of bench/results that can be drawn; ValueError if there is none."""
+    headers = (",".join(table.FIELDS), ",".join(MODELLED))
+    found = [path for path in sorted(RESULTS.glob("*.csv")) if path.read_text(errors="replace").startswith(headers)]
     if not found:
-        raise ValueError(f"tables: expected a CSV of bench.run in {RESULTS}, found none")
+        raise ValueError(f"tables: expected a CSV of bench.run or bench.static_cost in {RESULTS}, found none")
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     matplotlib.use("Agg")
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=str(__doc__).split("\n")[0])
-    parser.add_argument("tables", nargs="*", type=Path, help="CSV files of bench.run; default: all in bench/results")
+    parser.add_argument("tables", nargs="*", type=Path, help="CSV files; default: all of bench/results")
     parser.add_argument("--out", type=Path, help="folder for the pictures; default: that of each file")
     options = parser.parse_args(arguments)
     try:

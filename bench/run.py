@@ -116,6 +116,10 @@ def openmp_job(wanted: bool) -> Iterator[None]:
 def device_name(device: torch.device) -> str:
     if device.type != "cpu":
         return torch.get_device_module(device).get_device_name(device)
+    return processor()
+
+
+def processor() -> str:
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]

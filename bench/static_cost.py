@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import importlib.util
 import itertools
 import os
 import sys
@@ -21,10 +22,18 @@ from typing import Any
 
 import torch
 
-from gcrf_triton import triton_engine, tuning
+from bench.machine_code import (
+    KINDS,
+    RGB_XY,
+    TARGETS,
+    Code,
+    Launch,
+    bytes_per_pixel,
+    count_instructions,
+    record_launches,
+)
+from gcrf_triton import tuning
 from gcrf_triton.loss import parse_kernels
-
-from .machine_code import KINDS, RGB_XY, TARGETS, Code, Launch, bytes_per_pixel, count_instructions, record_launches
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 SIZE = (512, 512)  # pixels of the image
@@ -112,6 +121,8 @@ def rows_of(
     **problem: Any,
 ) -> list[dict[str, Any]]:
     """The rows of one loss and its gradient from logits: one a kernel, and one for all of them together."""
+    from gcrf_triton import triton_engine
+
     problem = {"shape": (1, classes, *SIZE), "dtype": DTYPES[dtype], "radius": radius, "gated": gates} | problem
     launches = record_launches(**problem, kernels=kernels, target=target, config=config)
     case = {"target": target, "dtype": dtype, "classes": classes, "radius": radius, "gates": "yes" if gates else "no"}
@@ -166,16 +177,21 @@ def _clock_columns(clocks: Mapping[str, float]) -> dict[str, Any]:
 
 def problem_key(
     target: str,
-    dtype: str,
-    classes: int,
-    radius: int,
-    gates: bool,
+    dtype: str = "float32",
+    classes: int = 21,
+    radius: int = 5,
+    gates: bool = False,
     kernels: Sequence[Mapping[str, float]] = RGB_XY,
+    shape: Sequence[int] | None = None,
+    channels: Mapping[str, int] | None = None,
 ) -> tuning.Key:
     """What the configuration of a problem is chosen by on a target."""
+    from gcrf_triton import triton_engine
+
     names, _, sigmas = parse_kernels(kernels)
-    logits = torch.empty(1, classes, *SIZE, dtype=DTYPES[dtype], device="meta")
-    features = [torch.empty(1, 3, *SIZE, device="meta") for _ in names]
+    n, _, *size = shape or (1, classes, *SIZE)
+    logits = torch.empty(n, classes, *size, dtype=DTYPES[dtype], device="meta")
+    features = [torch.empty(n, (channels or {}).get(name, 3), *size, device="meta") for name in names]
     key = triton_engine.problem_key(logits, features, sigmas, radius, gates, "logits")
     return dataclasses.replace(key, device=target, arch=target)
 
@@ -211,6 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-gather", dest="gather", action="store_false", help="leave the untiled baseline out")
     parser.add_argument("--csv", type=Path, help="write the rows to this file")
     options = parser.parse_args(arguments)
+    if importlib.util.find_spec("triton") is None:
+        parser.error("Triton is not installed, without which nothing can be compiled")
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
     if min(options.classes + options.radius) < 1:

@@ -88,8 +88,8 @@ def find_configuration(
     kernels: Sequence[Mapping[str, float]],
     channels: Sequence[int] | None,
     gated: bool,
-) -> tuning.Config:
-    """Print how the configurations of a problem compare, best first, and keep the best of measured ones."""
+) -> tuple[tuning.Key, dict[tuning.Config, float]]:
+    """Print what the configurations of a problem cost, which is returned too, and keep the best of measured ones."""
     n, classes, height, width = shape
     names, _, sigmas = parse_kernels(kernels)
     channels = [3] * len(names) if channels is None else channels
@@ -119,27 +119,27 @@ def find_configuration(
         return _measure(config, logits, features, kernels, radius, gate)
 
     cost = milliseconds if measured else lambda config: tuning.count(config, key)
-    results = []
+    costs = {}
     print(key)
     print("milliseconds of loss and gradient" if measured else "rough instructions a pixel: counted, not measured")
     for config in tuning.space(key):
         try:
-            results.append((cost(config), config))
+            costs[config] = cost(config)
         except RuntimeError as error:
             print(f"{'failed':>12}  {config}: {error}")
             continue
-        print(f"{results[-1][0]:12.3f}  {config}")
-    if not results:
+        print(f"{costs[config]:12.3f}  {config}")
+    if not costs:
         raise ValueError("shape, kernels: expected a problem that some configuration can run, got one that none can")
-    best, config = min(results, key=lambda result: result[0])
-    print(f"best: {config}")
+    best = min(costs, key=costs.__getitem__)
+    print(f"best: {best}")
     if measured:
         torch_version, triton_version = torch.__version__, importlib.metadata.version("triton")
-        path = tuning.remember(key, config, milliseconds=best, torch=torch_version, triton=triton_version)
+        path = tuning.remember(key, best, milliseconds=costs[best], torch=torch_version, triton=triton_version)
         print(f"kept in {path}")
     else:
         print("no GPU here: nothing was measured and nothing is kept")
-    return config
+    return key, costs
 
 
 def _measure(

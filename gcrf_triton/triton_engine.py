@@ -42,7 +42,7 @@ def fits(values: Tensor, columns: int, features: Sequence[Tensor], sigmas: Seque
     Nor on Turing, for whose tensor cores Triton does not compile: without them offsets take fewer instructions.
     """
     _, sets = _feature_slots(features, sigmas)
-    turing = _device_and_arch(values.device)[1].startswith("sm_7")
+    turing = device_and_arch(values.device)[1].startswith("sm_7")
     return values.dtype != torch.float64 and not turing and columns <= LARGEST_COLUMNS and sum(sets) <= LARGEST_SETS
 
 
@@ -241,11 +241,11 @@ def problem_key(
     pixels = values.shape[0] * values.shape[2] * values.shape[3]
     dtype = str(values.dtype).removeprefix("torch.")
     columns = triton.cdiv(values.shape[1] + (mode == "probabilities"), 8) * 8
-    return Key(*_device_and_arch(values.device), columns, sets, gated, radius, dtype, round(math.log2(pixels)))
+    return Key(*device_and_arch(values.device), columns, sets, gated, radius, dtype, round(math.log2(pixels)))
 
 
 @functools.cache
-def _device_and_arch(device: torch.device) -> tuple[str, str]:
+def device_and_arch(device: torch.device) -> tuple[str, str]:
     if triton.knobs.runtime.interpret or device.type == "meta":
         return device.type, device.type
     arch = triton.runtime.driver.active.get_current_target().arch
@@ -311,7 +311,7 @@ def _naming(config: Config, device: torch.device) -> Iterator[None]:
         raise
     except (TritonError, RuntimeError) as error:
         raise RuntimeError(
-            f"{config} cannot run on {' '.join(_device_and_arch(device))}: {type(error).__name__}: {error}\n"
+            f"{config} cannot run on {' '.join(device_and_arch(device))}: {type(error).__name__}: {error}\n"
             "gcrf_triton.tuning.use_config chooses another configuration, and impl='torch' needs none"
         ) from error
 
