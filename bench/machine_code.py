@@ -176,6 +176,7 @@ class Code:
     multiply_adds: float = 0.0
     loads: int = 0
     wide_loads: int = 0
+    spills: float = 0.0  # of the instructions, those that store or load what registers do not hold
 
     @property
     def instructions(self) -> float:
@@ -204,9 +205,10 @@ def count_instructions(launches: Sequence[Launch], pixels: int, target: str) -> 
     instructions, trips, inside = _executed(text, launch)
     warps = num_warps * sum(math.prod(each.grid) for each in launches) / pixels
     counts = {True: collections.Counter(), False: collections.Counter()}  # type: ignore[var-annotated]
-    transferred = multiply_adds = 0.0
+    transferred = multiply_adds = spills = 0.0
     for instruction, times, within in zip(instructions, trips, inside, strict=True):
         counts[within][_kind(instruction)] += times * warps
+        spills += times * warps * instruction.startswith(("STL", "LDL"))
         transferred += times * warps * _transfer_bytes(instruction)
         if shape := re.match(r"HMMA\.(16|8)(8)(\d+)\.", instruction):  # rows, columns, depth
             multiply_adds += times * warps * math.prod(map(int, shape.groups()))
@@ -214,7 +216,7 @@ def count_instructions(launches: Sequence[Launch], pixels: int, target: str) -> 
     wide = sum(".128" in instruction for instruction in loads)
     memory = (registers, stack, compiled.metadata.shared)
     by_kind = [{kind: counts[within][kind] for kind in KINDS} for within in (True, False)]
-    return Code(name, *memory, num_warps, *by_kind, transferred, multiply_adds, len(loads), wide)
+    return Code(name, *memory, num_warps, *by_kind, transferred, multiply_adds, len(loads), wide, spills)
 
 
 def _tool(name: str, *arguments: Any) -> str:

@@ -80,7 +80,7 @@ SHARED = dict(zip(TARGETS, (65536, 166912, 101376, 101376, 232448, 232448, 10137
 CLOCKS = ("issue", "fma", "alu", "special", "memory", "tensor", "dram")
 FIELDS = [
     *("target", "device", "dtype", "classes", "radius", "gates", "config", "kernel"),
-    *("registers", "spilled_bytes", "shared_bytes", "occupancy", "loads", "wide_loads"),
+    *("registers", "spilled_bytes", "spills", "shared_bytes", "occupancy", "loads", "wide_loads"),
     *(f"{kind}_{place}" for place in ("inside", "outside") for kind in KINDS),
     "instructions",
     *(f"{unit}_clocks" for unit in CLOCKS),
@@ -158,6 +158,16 @@ def gather_row(target: str, classes: int = 21, radius: int = 5) -> dict[str, Any
     return case | _code_columns(code, machine) | _clock_columns(unit_clocks([code], machine))
 
 
+def fits(row: Mapping[str, Any]) -> bool:
+    """Whether a kernel's loops run in registers, and in the shared memory that a program may have.
+
+    NVIDIA's compiler sometimes sets 8 or 16 bytes aside over a loop and fetches them after it, which is no spill here:
+    fewer than one in two hundred instructions.
+    """
+    small = row["spilled_bytes"] <= 16 and row.get("spills", 0.0) < 0.005 * row.get("instructions", 0.0)
+    return (row["spilled_bytes"] == 0 or small) and row["shared_bytes"] <= SHARED[row["target"]]
+
+
 def _code_columns(code: Code, machine: Machine | None) -> dict[str, Any]:
     columns: dict[str, Any] = {"kernel": code.kernel, "registers": code.registers, "spilled_bytes": code.spilled_bytes}
     columns["shared_bytes"] = code.shared_bytes
@@ -165,6 +175,7 @@ def _code_columns(code: Code, machine: Machine | None) -> dict[str, Any]:
         places = {"inside": code.inside, "outside": code.outside}
         columns |= {f"{kind}_{place}": count for place, counts in places.items() for kind, count in counts.items()}
         columns |= {"device": machine.device, "loads": code.loads, "wide_loads": code.wide_loads}
+        columns["spills"] = code.spills
         columns |= {"occupancy": occupancy(code, machine), "instructions": code.instructions}
     return columns
 
@@ -246,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for row in rows:
                 print(_line(row), flush=True)
                 writer.writerow({name: _show(row.get(name)) for name in FIELDS})
-                failed |= row.get("spilled_bytes", 0) > 0 or row.get("shared_bytes", 0) > SHARED[row["target"]]
+                failed |= row["kernel"] != "together" and not fits(row)
     if failed:
         sys.exit("some kernels spill or do not fit their target's shared memory")
 
@@ -255,7 +266,8 @@ def _line(row: Mapping[str, Any]) -> str:
     gates = "gates" if row["gates"] == "yes" else ""
     name = f"{row['target']:8}{row['dtype']:9}C {row['classes']:<4}r {row['radius']:<3}{gates:6}{row['kernel']:12}"
     if "bound_by" not in row or row["kernel"] == "sum_offsets":
-        name += f"{row['registers']:4} {row['spilled_bytes']:7} {row['shared_bytes']:7} {row.get('occupancy', 0):9.0%} "
+        occupied = f"{row['occupancy']:.0%}" if "occupancy" in row else "-"
+        name += f"{row['registers']:4} {row['spilled_bytes']:7} {row['shared_bytes']:7} {occupied:>9} "
     if "bound_by" in row:
         clocks = "  ".join(f"{unit} {row.get(f'{unit}_clocks', 0):.1f}" for unit in CLOCKS)
         name += f"| {clocks} | {row['bound_clocks']:.1f} by {row['bound_by']}"
