@@ -11,10 +11,12 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.metadata
+import importlib.util
 import io
 import itertools
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +27,7 @@ from tqdm import tqdm
 from bench import static_cost
 from bench.cases import NAMED, Case, named
 from bench.machine_code import TARGETS
-from gcrf_triton import triton_engine, tuning
+from gcrf_triton import tuning
 from gcrf_triton.__main__ import DTYPES, find_configuration
 from gcrf_triton.loss import parse_kernels
 
@@ -36,19 +38,30 @@ MODELLED = "clocks a pixel that the busiest unit needs, modelled from compiled c
 Costs = dict[tuning.Config, float]
 
 
+def has_gpu() -> bool:
+    """Whether there is a GPU of a kind that Triton runs on."""
+    return torch.accelerator.is_available() and torch.accelerator.current_accelerator().type in ("cuda", "xpu")
+
+
 def problems(cases: Sequence[Case], dtypes: Sequence[str], gates: Sequence[bool]) -> Iterator[tuple[Case, bool]]:
     """Cases in every dtype, with and without gates; of many classes those that one pass takes."""
     for case, dtype, gated in itertools.product(cases, dtypes, gates):
         n, classes, height, width = case.shape
-        shape = (n, min(classes, triton_engine.LARGEST_COLUMNS), height, width)
+        shape = (n, min(classes, tuning.LARGEST_COLUMNS), height, width)
         yield dataclasses.replace(case, shape=shape, dtype=dtype), gated
 
 
 def measured_costs(case: Case, gated: bool) -> tuple[tuning.Key, Costs]:
-    """Milliseconds of every configuration on the GPU; the user's cache keeps the best."""
+    """Milliseconds of every configuration on the GPU, of which the user's cache keeps the best; failures are named."""
     channels = [case.channels] * len(parse_kernels(case.kernels)[0])
-    with contextlib.redirect_stdout(io.StringIO()):
-        return find_configuration(case.shape, DTYPES[case.dtype], case.radius, case.kernels, channels, gated)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            return find_configuration(case.shape, DTYPES[case.dtype], case.radius, case.kernels, channels, gated)
+    finally:
+        for line in printed.getvalue().splitlines():
+            if line.strip().startswith("failed"):
+                tqdm.write(line)
 
 
 def modelled_costs(case: Case, gated: bool, target: str) -> tuple[tuning.Key, Costs]:
@@ -99,19 +112,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", default="sm_90", choices=TARGETS, metavar="TARGET", help="without a GPU")
     parser.add_argument("--out", type=Path, help="JSON file; what it has of other problems stays")
     options = parser.parse_args(arguments)
-    measured = torch.accelerator.is_available()
+    measured = has_gpu()
     try:
         known = [case.name for case in NAMED]
         if unknown := [name for name in options.cases if name not in known]:
             raise ValueError(f"--cases: expected names of {', '.join(known)}, got {unknown[0]!r}")
         if not measured and (options.target.startswith("gfx") or options.target == "sm_75"):
             raise ValueError(f"--target: expected one whose tiles have a modelled cost, got {options.target}")
-        device = torch.accelerator.current_accelerator() if measured else torch.device("meta")
-        name = triton_engine.device_and_arch(device)[0] if measured else options.target
+        if importlib.util.find_spec("triton") is None:
+            raise ValueError("Triton is not installed, without which there is nothing to tune")
+        if os.environ.get("TRITON_INTERPRET", "0") == "1":
+            raise ValueError("TRITON_INTERPRET=1 leaves nothing to tune: unset it")
+        name = torch.get_device_module().get_device_name() if measured else options.target
         path = options.out or (tuning.shipped_file(name) if measured else RESULTS / f"configs-{name}.json")
         ranked_by = MEASURED if measured else MODELLED
         content = read(path, ranked_by) | {"device": name}
+        if not options.out:
+            path.parent.mkdir(exist_ok=True)
+        new = not path.exists()
         path.open("a").close()
+        if new:  # it could be written, and will be when there is something to write
+            path.unlink()
         gates = (False, True) if options.gates == "both" else (False,)
         print(f"{name}: {ranked_by}")
         print(f"{'case':22}{'dtype':9}{'gates':6}{'best':>9}{'heuristic':>11}{'worst':>9}  best configuration")

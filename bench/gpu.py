@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+from bench.autotune import has_gpu
 
 REPOSITORY = Path(__file__).parent.parent
 PYTHON = [sys.executable, "-m"]
@@ -27,29 +27,31 @@ Step = tuple[str, int, list[str]]  # name, most seconds, command
 def steps(folder: Path, dry_run: bool) -> list[Step]:
     """What is run, in this order; 1500 seconds at most."""
     table, configs = str(folder / "measurements.csv"), str(folder / "configs.json")
-    run = [*PYTHON, "bench.run", "--out", table]
     # compiling the unfold for every case would take most of the time
-    others = ["--implementations", "triton-engine", "torch-engine", "offsets", "unfold", "official", "copy"]
+    names = ["triton-engine", "torch-engine", "offsets", "unfold", "official", "copy"]
+    run = [*PYTHON, "bench.run", "--out", table, "--implementations"]
     tests, plot = [*PYTHON, "pytest", "-m", "gpu", "-q"], [*PYTHON, "bench.plot", table]
     tune = [*PYTHON, "bench.autotune", "--out", configs]
     if dry_run:
-        small = ["--quick", "--repeats", "3", "--budget", "0.3"]
+        small = [*names, "--quick", "--repeats", "3", "--budget", "0.3"]
         return [
-            ("tests", 240, tests),
-            ("tune", 420, [*tune, "--cases", "saliency", "--gates", "no"]),
+            ("tests", 300, tests),
+            ("tune", 360, [*tune, "--cases", "saliency", "--gates", "no"]),
             ("cases", 360, [*run, *small, "--cases", "official-clicks", "saliency"]),
             ("sweeps", 300, [*run, *small, "--sweeps", "pixels"]),
             ("plot", 60, plot),
         ]
+    few = ["--cases", "official-clicks", "voc-full"]
     return [
-        ("tests", 240, tests),
-        ("tune", 390, tune),
-        ("cases", 300, [*run, *others, "--cases"]),
-        ("sweeps", 240, [*run, *others, "--sweeps"]),
-        ("halves", 90, [*run, *others, "--dtype", "float16", "--cases", "official-clicks", "voc-full"]),
-        ("compiled", 90, [*run, "--implementations", "triton-engine", "unfold-compiled", "--cases", "official-clicks"]),
-        ("graphs", 90, [*run, *others[:3], "--cuda-graph", "--cases", "official-clicks", "voc-crop", "saliency"]),
-        ("plot", 60, plot),
+        ("tests", 300, tests),
+        ("tune", 420, [*tune, "--gates", "no"]),
+        ("cases", 270, [*run, *names, "--cases"]),
+        ("sweeps", 200, [*run, *names, "--sweeps"]),
+        ("graphs", 80, [*run, "triton-engine", "offsets", "unfold", "copy", "--cuda-graph", *few]),
+        ("halves", 70, [*run, *names, "--dtype", "float16", *few]),
+        ("compiled", 70, [*run, "triton-engine", "unfold-compiled", "--cases", "official-clicks"]),
+        ("tune-gates", 60, [*tune, "--gates", "both"]),
+        ("plot", 30, plot),
     ]
 
 
@@ -84,8 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     folder = (options.out or Path("gpu-dry-run" if options.dry_run else "gpu-results")).absolute()
     try:
-        if not options.dry_run and not torch.accelerator.is_available():
-            raise ValueError("expected a GPU that PyTorch sees, got none; --dry-run does without")
+        if not options.dry_run and not has_gpu():
+            raise ValueError("expected a GPU that Triton runs on, got none; --dry-run does without")
         folder.mkdir(parents=True)
     except FileExistsError:
         parser.exit(2, f"{parser.prog}: --out: expected a new folder, got {folder}, which exists\n")

@@ -26,13 +26,13 @@ RGB_XY = ({"weight": 1.0, "xy": 6.0, "rgb": 0.1},)
 UNITS = {
     "tensor": ("HMMA", "IMMA", "DMMA", "HGMMA"),
     "exp2": ("MUFU.EX2",),
-    "special": ("MUFU", "I2F", "F2I", "F2F.", "FRND"),
-    "memory": ("LDG", "STG", "LDS", "STS", "LDSM", "STSM", "SHFL", "MOVM", "LDL", "STL", "ATOM", "RED"),
+    "special": ("MUFU", "I2F.", "F2I", "F2F.", "FRND"),
+    "memory": ("LDG.", "LDGSTS", "STG", "LDS", "STS", "LDSM", "STSM", "SHFL", "MOVM", "LDL", "STL", "ATOM", "RED"),
     "fma": ("FADD", "FMUL", "FFMA", "IMAD", "IMUL", "HADD2", "HMUL2", "HFMA2"),
     "alu": (
         *("IADD", "LOP", "SHF", "SHL", "SHR", "LEA", "ISETP", "IMNMX", "VIMNMX", "IABS", "VIADD", "PRMT", "SEL", "MOV"),
-        *("FSETP", "FSEL", "FSET", "FMNMX", "FCHK", "F2FP", "HSETP2", "HMNMX2", "PLOP", "P2R", "R2P", "FLO", "POPC"),
-        *("BMSK", "SGXT", "CS2R"),
+        *("FSETP", "FSEL", "FSET", "FMNMX", "FCHK", "F2FP", "I2FP", "HSETP2", "HMNMX2", "PLOP", "P2R", "R2P"),
+        *("FLO", "POPC", "BMSK", "SGXT", "CS2R"),
     ),
 }
 KINDS = (*UNITS, "other")
@@ -173,6 +173,7 @@ class Code:
     inside: Mapping[str, float] = dataclasses.field(default_factory=dict)
     outside: Mapping[str, float] = dataclasses.field(default_factory=dict)
     transfer_bytes: float = 0.0
+    global_bytes: float = 0.0  # of those, what goes to memory or its caches
     multiply_adds: float = 0.0
     loads: int = 0
     wide_loads: int = 0
@@ -205,18 +206,19 @@ def count_instructions(launches: Sequence[Launch], pixels: int, target: str) -> 
     instructions, trips, inside = _executed(text, launch)
     warps = num_warps * sum(math.prod(each.grid) for each in launches) / pixels
     counts = {True: collections.Counter(), False: collections.Counter()}  # type: ignore[var-annotated]
-    transferred = multiply_adds = spills = 0.0
+    transferred = global_bytes = multiply_adds = spills = 0.0
     for instruction, times, within in zip(instructions, trips, inside, strict=True):
         counts[within][_kind(instruction)] += times * warps
         spills += times * warps * instruction.startswith(("STL", "LDL"))
         transferred += times * warps * _transfer_bytes(instruction)
+        global_bytes += times * warps * _transfer_bytes(instruction) * instruction.startswith(("LDG", "STG"))
         if shape := re.match(r"HMMA\.(16|8)(8)(\d+)\.", instruction):  # rows, columns, depth
             multiply_adds += times * warps * math.prod(map(int, shape.groups()))
     loads = [instruction for instruction in instructions if instruction.startswith(("LDG.", "LDGSTS."))]
     wide = sum(".128" in instruction for instruction in loads)
     memory = (registers, stack, compiled.metadata.shared)
     by_kind = [{kind: counts[within][kind] for kind in KINDS} for within in (True, False)]
-    return Code(name, *memory, num_warps, *by_kind, transferred, multiply_adds, len(loads), wide, spills)
+    return Code(name, *memory, num_warps, *by_kind, transferred, global_bytes, multiply_adds, len(loads), wide, spills)
 
 
 def _tool(name: str, *arguments: Any) -> str:

@@ -19,8 +19,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from torch import Tensor
 from bench.cases import Case
 from bench.implementations import Step, bytes_needed, make_inputs, make_step, one_line
 
-HEADROOM = 1.25  # of memory, above what bytes_needed counts
+HEADROOM = 1.5  # of memory, above what bytes_needed counts
 FEWEST_TURNS = 3
 NEEDS_NO_WARMING = 0.2  # seconds a step
 STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -61,7 +60,7 @@ class Result:
         """Context in which an error of an implementation becomes its status."""
         try:
             yield
-        except (MemoryError, torch.OutOfMemoryError, BrokenProcessPool):  # a killed process: the system ran out
+        except (MemoryError, torch.OutOfMemoryError):
             self.status = "oom"
         except Exception as error:
             exhausted = "allocate memory" in str(error) or "out of memory" in str(error).lower()
@@ -205,9 +204,12 @@ def preparation(inputs: tuple[Tensor, ...], settings: Settings) -> Callable[[Ste
 
 
 def capture(step: Step, inputs: tuple[Tensor, ...], pool: tuple[int, int] | None) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        step(*inputs)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            step(*inputs)
+    finally:
+        torch.cuda.set_stream(stream)  # where a capture that fails would not return to
     return graph
 
 
@@ -242,10 +244,32 @@ def _fresh_processes() -> multiprocessing.context.BaseContext:
 
 
 def peak_of_process(name: str, case: Case, mode: str) -> int:
-    """Growth of a fresh process's resident memory during one step, above its inputs; BrokenProcessPool if killed."""
-    ignore_interrupts = (signal.SIGINT, signal.SIG_IGN)  # the one line about them is that of the process above
-    with ProcessPoolExecutor(1, _fresh_processes(), signal.signal, ignore_interrupts) as process:
-        return process.submit(_grow, name, case, mode).result()
+    """Growth of a fresh process's resident memory during one step, above its inputs; MemoryError if it was killed."""
+    receiver, sender = _fresh_processes().Pipe(duplex=False)
+    process = _fresh_processes().Process(target=_report_growth, args=(sender, name, case, mode))
+    process.start()
+    sender.close()
+    try:
+        found = receiver.recv()
+    except EOFError:
+        process.join()
+        if process.exitcode == -signal.SIGKILL:  # as the system does when it runs out of memory
+            raise MemoryError from None
+        raise RuntimeError(f"its process ended with status {process.exitcode}") from None
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _report_growth(sender: Connection, name: str, case: Case, mode: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one line about an interruption is that of the process above
+    try:
+        sender.send(_grow(name, case, mode))
+    except Exception as error:
+        sender.send(error)
 
 
 def _grow(name: str, case: Case, mode: str) -> int:

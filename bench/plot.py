@@ -230,6 +230,46 @@ def draw_cases(rows: Sequence[Row]) -> Figure | None:
     return figure
 
 
+def markdown(rows: Sequence[Row]) -> str:
+    """The table of the README: time and memory of the named cases, and how many times those the official code takes."""
+    lines = [
+        "| case | prediction | time | official | speed-up | loop over offsets | memory | official, times |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case, found in named_rows(rows).items():
+        own = next((found[name] for name in STYLES if name.endswith("-engine") and name in found), None)
+        if own is None or own["status"] not in table.MEASURED:
+            continue
+        official, offsets = (found.get(name, dict.fromkeys(table.FIELDS, "")) for name in ("official", "offsets"))
+        memory = [row["peak_bytes"] for row in (own, official)]
+        columns = [
+            case,
+            own["shape"].replace("x", " x "),
+            milliseconds(own),
+            "does not fit" if ran_out(official) else milliseconds(official),
+            speed_up(official),
+            speed_up(offsets),
+            f"{int(memory[0]) / 1e6:.3g} MB" if memory[0] else "",
+            f"{int(memory[1]) / int(memory[0]):.0f}" if all(memory) else "",
+        ]
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def milliseconds(row: Row) -> str:
+    if not row["seconds_median"]:
+        return ""
+    value = 1e3 * float(row["seconds_median"])
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def speed_up(row: Row) -> str:
+    if not row["ratio_median"]:
+        return ""
+    middle, low, high = (f"{float(row[f'ratio_{point}']):.3g}" for point in ("median", "p20", "p80"))
+    return middle if row["turns"] == "1" else f"{middle} ({low}-{high})"
+
+
 def finish(figure: Figure, rows: Sequence[Row], floor: bool) -> None:
     """Legend above the axes, and below them a caption with device, versions and date."""
     names = [name for name in STYLES if any(row["implementation"] == name for row in rows)]
@@ -319,9 +359,9 @@ def is_modelled(path: Path) -> bool:
     return path.is_file() and path.read_text(errors="replace").startswith(",".join(MODELLED))
 
 
-def found_tables() -> list[Path]:
-    """Those CSV files of bench/results that can be drawn; ValueError if there is none."""
-    headers = (",".join(table.FIELDS), ",".join(MODELLED))
+def found_tables(measured: bool = False) -> list[Path]:
+    """Those CSV files of bench/results that can be drawn, or that were measured; ValueError if there is none."""
+    headers = tuple(",".join(fields) for fields in (table.FIELDS, MODELLED)[: 1 if measured else 2])
     found = [path for path in sorted(RESULTS.glob("*.csv")) if path.read_text(errors="replace").startswith(headers)]
     if not found:
         raise ValueError(f"tables: expected a CSV of bench.run or bench.static_cost in {RESULTS}, found none")
@@ -332,9 +372,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     matplotlib.use("Agg")
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=str(__doc__).split("\n")[0])
     parser.add_argument("tables", nargs="*", type=Path, help="CSV files; default: all of bench/results")
+    parser.add_argument("--markdown", action="store_true", help="print the named cases as a table, and draw nothing")
     parser.add_argument("--out", type=Path, help="folder for the pictures; default: that of each file")
     options = parser.parse_args(arguments)
     try:
+        if options.markdown:
+            print("\n".join(markdown(table.read(path)) for path in options.tables or found_tables(measured=True)))
+            return 0
         for path in tqdm(options.tables or found_tables(), disable=None):
             for picture in plot(path, options.out or path.parent):
                 tqdm.write(str(picture))

@@ -144,9 +144,15 @@ def version(package: str) -> str:
         return ""
 
 
+def revision() -> str:
+    if shutil.which("git") is None:
+        return "unknown"
+    describe = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(describe, capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip() or "unknown"
+
+
 def surroundings(device: torch.device, arguments: argparse.Namespace) -> dict[str, str]:
     """What every row says about machine and versions."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent)
     return {
         "device": device_name(device),
         "driver": driver_version(device),
@@ -157,7 +163,7 @@ def surroundings(device: torch.device, arguments: argparse.Namespace) -> dict[st
         "triton": version("triton"),
         "gcrf_triton": gcrf_triton.__version__,
         "pymic": version("pymic"),
-        "revision": git.stdout.strip() or "unknown",
+        "revision": revision(),
     }
 
 

@@ -9,7 +9,6 @@ waits. The unit that needs most sets the bound. Nothing here is measured.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import dataclasses
 import importlib.util
@@ -43,7 +42,7 @@ SIZE = (512, 512)  # pixels of the image
 class Machine:
     """What a target's multiprocessor does a clock, from NVIDIA's programming guide, and a device, from its data sheet.
 
-    `fma` and `alu` are lanes; `tensor` are multiply-adds of halves summed in float32, by mma instructions.
+    `fma` and `alu` are lanes; `tensor` are multiply-adds of halves, summed in float32, at the data sheet's peak.
     """
 
     device: str
@@ -80,7 +79,7 @@ SHARED = dict(zip(TARGETS, (65536, 166912, 101376, 101376, 232448, 232448, 10137
 CLOCKS = ("issue", "fma", "alu", "special", "memory", "tensor", "dram")
 FIELDS = [
     *("target", "device", "dtype", "classes", "radius", "gates", "config", "kernel"),
-    *("registers", "spilled_bytes", "spills", "shared_bytes", "occupancy", "loads", "wide_loads"),
+    *("registers", "spilled_bytes", "spills", "shared_bytes", "occupancy", "loads", "wide_loads", "global_bytes"),
     *(f"{kind}_{place}" for place in ("inside", "outside") for kind in KINDS),
     "instructions",
     *(f"{unit}_clocks" for unit in CLOCKS),
@@ -90,9 +89,10 @@ FIELDS = [
 
 def occupancy(code: Code, machine: Machine) -> float:
     """Share of the resident warps that registers, shared memory and the number of programs leave room for."""
-    registers = -(-code.registers * 32 // 256) * 256 * code.num_warps  # a warp gets them by 256
+    per_warp = -(-code.registers * 32 // 256) * 256
+    by_registers = 16384 // per_warp * 4 // code.num_warps  # a warp's lie in one of four parts
     shared = code.shared_bytes + (1024 if machine.shared > 64 else 0)  # the system keeps 1 KiB of every program's
-    programs = min(machine.programs, machine.warps // code.num_warps, 65536 // registers)
+    programs = min(machine.programs, machine.warps // code.num_warps, by_registers)
     programs = min(programs, machine.shared * 1024 // shared) if shared else programs
     return programs * code.num_warps / machine.warps
 
@@ -175,7 +175,7 @@ def _code_columns(code: Code, machine: Machine | None) -> dict[str, Any]:
         places = {"inside": code.inside, "outside": code.outside}
         columns |= {f"{kind}_{place}": count for place, counts in places.items() for kind, count in counts.items()}
         columns |= {"device": machine.device, "loads": code.loads, "wide_loads": code.wide_loads}
-        columns["spills"] = code.spills
+        columns |= {"spills": code.spills, "global_bytes": code.global_bytes}
         columns |= {"occupancy": occupancy(code, machine), "instructions": code.instructions}
     return columns
 
@@ -238,18 +238,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-gather", dest="gather", action="store_false", help="leave the untiled baseline out")
     parser.add_argument("--csv", type=Path, help="write the rows to this file")
     options = parser.parse_args(arguments)
-    if importlib.util.find_spec("triton") is None:
-        parser.error("Triton is not installed, without which nothing can be compiled")
-    if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        parser.error("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
-    if min(options.classes + options.radius) < 1:
-        parser.error("--classes, --radius: expected numbers from 1")
+    try:
+        check(options)
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     failed = False
-    with contextlib.ExitStack() as stack:
-        try:
-            file = stack.enter_context(open(options.csv or os.devnull, "w", newline=""))
-        except OSError as error:
-            parser.error(f"--csv: cannot write {options.csv}: {error.strerror}")
+    with open(options.csv or os.devnull, "w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         print(f"{'':36}registers  spills  shared  occupancy | clocks a pixel: {'  '.join(CLOCKS)} | bound")
@@ -260,6 +254,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 failed |= row["kernel"] != "together" and not fits(row)
     if failed:
         sys.exit("some kernels spill or do not fit their target's shared memory")
+
+
+def check(options: argparse.Namespace) -> None:
+    """ValueError in one line for what cannot be compiled or written."""
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("Triton is not installed, without which nothing can be compiled")
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        raise ValueError("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
+    if min(options.radius) < 1 or not 1 <= min(options.classes) <= max(options.classes) <= tuning.LARGEST_COLUMNS:
+        raise ValueError("--classes, --radius: expected classes from 1 to 64, which one pass takes, and radii from 1")
+    if options.csv:
+        try:
+            with options.csv.open("a+") as file:
+                file.seek(0)
+                header = file.readline()
+        except OSError as error:
+            raise ValueError(f"--csv: cannot write {options.csv}: {error.strerror}") from None
+        if header and not header.startswith("target,"):
+            raise ValueError(f"--csv: expected a new file, or one of this command to replace, got {options.csv}")
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -279,4 +292,7 @@ def _show(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

@@ -15,12 +15,11 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from . import kernels
-from .tuning import Config, Key, choose_config
+from .tuning import LARGEST_COLUMNS, Config, Key, choose_config
 
 HALF_LOG2_E = 0.5 * math.log2(math.e)  # exp(-x / 2) = exp2(-HALF_LOG2_E x)
 WORKSPACE = 2**25  # bytes of packed records at a time: they stay in the cache of a large GPU
 LARGEST_KERNEL = 14  # log2, as a half; halves end at 2^16
-LARGEST_COLUMNS = 64  # of a tile, in registers
 LARGEST_SETS = 6
 CHANNELS = 3  # of a set of features
 

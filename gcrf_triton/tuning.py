@@ -18,6 +18,7 @@ from typing import Any
 
 SCHEMA = 1
 KEYS = 16  # pixels of the halo that a tile meets at a time
+LARGEST_COLUMNS = 64  # of a tile, in registers: more classes take several passes
 MOST_UNROLLED = 20  # steps: beyond, the code outgrows the instruction cache
 REGISTERS = 172  # a thread may be estimated to need: the estimate is rough, and 255 the limit
 

@@ -4,7 +4,9 @@ import csv
 import dataclasses
 import io
 import json
+import multiprocessing
 import os
+import signal
 import types
 
 import matplotlib.image
@@ -141,6 +143,16 @@ def test_peak_memory_is_that_of_a_process_of_its_own():
     unfold, engine = (measure.peak_of_process(name, case, "forward") for name in ("unfold", "torch-engine"))
     assert 0.8 <= unfold / implementations.bytes_needed("unfold", case) <= 2
     assert engine < unfold / 5
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGKILL, "oom"), (signal.SIGTERM, "error: RuntimeError")])
+def test_only_a_killed_process_ran_out_of_memory(number, status, monkeypatch):
+    monkeypatch.setattr(measure, "_fresh_processes", lambda: multiprocessing.get_context("fork"))
+    monkeypatch.setattr(measure, "_grow", lambda *case: os.kill(os.getpid(), number))
+    result = measure.Result()
+    with result.recording_failure():
+        measure.peak_of_process("unfold", TINY, "forward")
+    assert result.status.startswith(status)
 
 
 def test_what_will_not_fit_is_not_tried(monkeypatch):

@@ -19,8 +19,8 @@ no_gpu = pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU meas
 def fails_in_one_line(capsys, command, arguments, *expected):
     with pytest.raises(SystemExit) as exit:
         command.main(arguments)
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert exit.value.code == 2
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and message.count("\n") == 1
     for part in expected:
         assert part in message
 
@@ -33,6 +33,11 @@ def modelled(monkeypatch):
         return [{"kernel": "together", "bound_clocks": 100.0 + config.tile_y * config.tile_x - config.unroll / 2}]
 
     monkeypatch.setattr(static_cost, "rows_of", rows_of)
+
+
+@pytest.fixture(autouse=True)
+def not_interpreted(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
 
 
 @no_gpu
@@ -72,9 +77,15 @@ def test_what_cannot_be_ranked_is_one_line(tmp_path, capsys):
 def test_nothing_is_compiled_under_the_interpreter(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     fails_in_one_line(capsys, static_cost, [], "TRITON_INTERPRET=1")
+    fails_in_one_line(capsys, autotune, [], "TRITON_INTERPRET=1")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     fails_in_one_line(capsys, static_cost, ["--csv", str(tmp_path / "no" / "x.csv")], "--csv: cannot write")
-    fails_in_one_line(capsys, static_cost, ["--radius", "0"], "--classes, --radius: expected numbers from 1")
+    fails_in_one_line(capsys, static_cost, ["--radius", "0"], "--classes, --radius: expected classes from 1 to 64")
+    fails_in_one_line(capsys, static_cost, ["--classes", "150"], "--classes, --radius: expected classes from 1 to 64")
+    foreign = tmp_path / "foreign.csv"
+    foreign.write_text("case,seconds\n")
+    fails_in_one_line(capsys, static_cost, ["--csv", str(foreign)], "--csv: expected a new file", str(foreign))
+    assert foreign.read_text() == "case,seconds\n"
 
 
 def modelled_row(**values):

@@ -24,3 +24,12 @@ def test_links_into_the_page_exist():
         re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.+)$", README, re.M)
     }
     assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= headings
+
+
+def test_the_table_is_that_of_the_measurements(capsys):
+    from bench import plot
+
+    assert plot.main(["--markdown"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if re.search(r"\d x \d", line)]
+    shown = [line for line in README.splitlines() if line in lines]
+    assert len(shown) >= 5 and all(f"| {name}" in "".join(shown) for name in ("official-clicks", "voc-full", "wsl4mis"))
