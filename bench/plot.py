@@ -275,7 +275,7 @@ def finish(figure: Figure, rows: Sequence[Row], floor: bool) -> None:
     names = [name for name in STYLES if any(row["implementation"] == name for row in rows)]
     lines = [plt.Line2D([], [], label=STYLES[name][0], markersize=7, **STYLES[name][1]) for name in names]
     if any(map(ran_out, rows)):
-        lines.append(plt.Line2D([], [], label="out of memory", **CROSS))
+        lines.append(plt.Line2D([], [], label="does not fit into memory", **CROSS))
     if any(row["status"] == "one step" for row in rows):
         lines.append(plt.Line2D([], [], label="time of a single step", color="0.3", marker="o", **HOLLOW))
     if floor:
