@@ -233,7 +233,7 @@ def draw_cases(rows: Sequence[Row]) -> Figure | None:
 def markdown(rows: Sequence[Row]) -> str:
     """The table of the README: time and memory of the named cases, and how many times those the official code takes."""
     lines = [
-        "| case | prediction | time | official | speed-up | loop over offsets | memory | official, times |",
+        "| case | prediction | time | official | times as long | offsets, times as long | memory | official, times |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for case, found in named_rows(rows).items():
