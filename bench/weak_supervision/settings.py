@@ -1,0 +1,132 @@
+"""Every setting of a training, its default by data set, and its option on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+
+def option(default: object, help: str, choices: Sequence[str] | None = None) -> typing.Any:
+    """A field with what `--help` says about it."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One training."""
+
+    data: str = option("acdc", "what to train on", ("acdc", "msrc", "voc", "folder"))
+    root: str = option("", "folder of the data")
+    images: str = option("JPEGImages/{name}.jpg", "pattern of images under the root")
+    masks: str = option("SegmentationClass/{name}.png", "pattern of dense masks under the root")
+    train_list: str = option("", "names for training, a file under the root; none: four fifths of all images")
+    test_list: str = option("", "names for testing")
+    class_names: str = option("classes.txt", "names of the classes, a file under the root; or voc")
+    labels: str = option("scribbles", "what is trained on", ("clicks", "scribbles", "dense"))
+    labels_from: str = option("", "JSON files of clicks, comma-separated, or a folder of XML; none: made from masks")
+    thickness: float = option(3.0, "of strokes and discs of clicks, pixels of the image")
+    keep: float = option(1.0, "share of clicks or strokes that are kept")
+    label_seed: int = option(0, "of strokes made from masks and of those kept")
+    side: int = option(0, "longest side in training, pixels; 0: that of the image")
+    crop: int = option(192, "side of the crops, pixels")
+    smallest: float = option(0.8, "smallest random scale")
+    largest: float = option(1.25, "largest random scale")
+    network: str = option("unet", "unet, lite0, lite0-full, or module:function of the number of classes")
+    loss: str = option("gcrf", "partial cross entropy alone, or with the Gated CRF loss", ("pce", "gcrf"))
+    steps: int = option(2400, "optimiser steps")
+    batch: int = option(4, "crops a step, of all processes together")
+    accumulate: int = option(1, "parts a step's batch is computed in")
+    optimizer: str = option("adam", "adam or sgd with momentum 0.9", ("adam", "sgd"))
+    learning_rate: float = option(3e-3, "at the start; it falls to 0")
+    power: float = option(0.9, "of the polynomial by which it falls")
+    weight_decay: float = option(0.0, "of the optimiser")
+    weight: float = option(0.03, "of the Gated CRF loss")
+    normalise: str = option("none", "mass: divide the loss by the mean sum of a pixel's kernel", ("none", "mass"))
+    delay: float = option(0.05, "share of the steps before the Gated CRF loss starts")
+    ramp: float = option(0.2, "share of the steps over which its weight then rises")
+    kernels: str = option("rgb+xy", "kernels, comma-separated, each of weight 1")
+    sigma: float = option(0.1, "sigma of rgb on [0, 1]: 0.1 is 25 grey levels")
+    xy: float = option(6.0, "sigma of xy, pixels of the loss's grid")
+    radius: int = option(5, "of the window, pixels of the loss's grid")
+    loss_stride: str = option("native", "grid of the loss: native (the network's), full, or every so many pixels")
+    gates: str = option(
+        "both", "source: inside the image; destination: unlabelled", ("none", "source", "destination", "both")
+    )
+    amp: str = option("none", "autocast to this", ("none", "bfloat16", "float16"))
+    seed: int = option(0, "of weights, order and augmentation")
+    evaluate_on: str = option("test", "the test list, or training names held apart", ("test", "held-out"))
+    held_out: float = option(0.2, "share of the training names that held-out takes")
+    evaluations: int = option(4, "evaluations during training")
+    checkpoint_every: int = option(200, "steps; 0: none")
+
+
+PRESETS: dict[str, dict[str, object]] = {
+    "acdc": {},
+    "msrc": {
+        "labels": "clicks",
+        "network": "lite0",
+        "train_list": "ImageSets/Segmentation/train.txt",
+        "test_list": "ImageSets/Segmentation/val.txt",
+        "side": 192,
+        "crop": 160,
+        "smallest": 0.75,
+        "largest": 1.5,
+        "thickness": 5.0,
+        "batch": 8,
+        "steps": 2000,
+        "learning_rate": 1e-3,
+        "weight": 0.01,
+        "gates": "source",
+    },
+    "voc": {  # the paper's recipe
+        "labels": "clicks",
+        "class_names": "voc",
+        "masks": "SegmentationClassAug/{name}.png",
+        "train_list": "ImageSets/Segmentation/trainaug.txt",
+        "test_list": "ImageSets/Segmentation/val.txt",
+        "network": "lite0",
+        "crop": 512,
+        "smallest": 0.5,
+        "largest": 2.0,
+        "thickness": 3.0,
+        "batch": 16,
+        "steps": 60000,
+        "optimizer": "sgd",
+        "learning_rate": 0.007,
+        "weight_decay": 5e-4,
+        "weight": 0.1,
+        "sigma": 0.0225,  # 0.1 of an image divided by its standard deviation, about 0.225
+        "delay": 0.005,
+        "ramp": 0.0,
+        "gates": "source",
+        "held_out": 0.0,
+    },
+    "folder": {
+        "images": "images/{name}.jpg",
+        "masks": "masks/{name}.png",
+        "network": "lite0",
+        "crop": 320,
+        "batch": 8,
+        "gates": "source",
+    },
+}
+
+
+def preset(data: str, **changes: object) -> Settings:
+    """The settings of a data set, with changes."""
+    return Settings(**{"data": data} | PRESETS[data] | changes)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """An option for every setting, without defaults: those depend on the data."""
+    kinds = typing.get_type_hints(Settings)
+    for entry in fields(Settings):
+        parser.add_argument(
+            f"--{entry.name.replace('_', '-')}",
+            type=kinds[entry.name],
+            default=argparse.SUPPRESS,
+            choices=entry.metadata["choices"],
+            help=f"{entry.metadata['help']} ({str(entry.default) or 'none'})".replace("%", "%%"),
+        )
