@@ -13,6 +13,9 @@ def option(default: object, help: str, choices: Sequence[str] | None = None) -> 
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
+GATES = ("none", "source", "destination", "both")
+
+
 @dataclass(frozen=True)
 class Settings:
     """One training."""
@@ -51,9 +54,7 @@ class Settings:
     xy: float = option(6.0, "sigma of xy, pixels of the loss's grid")
     radius: int = option(5, "of the window, pixels of the loss's grid")
     loss_stride: str = option("native", "grid of the loss: native (the network's), full, or every so many pixels")
-    gates: str = option(
-        "both", "source: inside the image; destination: unlabelled", ("none", "source", "destination", "both")
-    )
+    gates: str = option("both", "source: inside the image; destination: unlabelled", GATES)
     amp: str = option("none", "autocast to this", ("none", "bfloat16", "float16"))
     seed: int = option(0, "of weights, order and augmentation")
     evaluate_on: str = option("test", "the test list, or training names held apart", ("test", "held-out"))
@@ -119,10 +120,12 @@ def preset(data: str, **changes: object) -> Settings:
     return Settings(**{"data": data} | PRESETS[data] | changes)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) -> None:
     """An option for every setting, without defaults: those depend on the data."""
     kinds = typing.get_type_hints(Settings)
     for entry in fields(Settings):
+        if entry.name in leave_out:
+            continue
         parser.add_argument(
             f"--{entry.name.replace('_', '-')}",
             type=kinds[entry.name],
