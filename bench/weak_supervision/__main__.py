@@ -14,8 +14,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from .data import open_data
 from .settings import add_options, preset
-from .train import open_data, train
+from .train import first_process_first, train
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -33,7 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         settings = preset(options.pop("data", "acdc"), **options)
         out.mkdir(parents=True, exist_ok=True)
-        data = open_data(settings, out / "labels", on_broken)
+        with first_process_first():
+            data = open_data(settings, out / "labels", on_broken)
         result = train(settings, data, out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from scipy.ndimage import label as number_regions
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from .labels import (
@@ -28,6 +26,7 @@ from .labels import (
     write_clicks,
     write_scribbles,
 )
+from .settings import Settings
 
 ACDC_CLASSES = ("background", "right ventricle", "myocardium", "left ventricle")
 ACDC_UNLABELLED = 4
@@ -94,6 +93,9 @@ class Pictures:
         self, root: Path, images: str, masks: str, class_names: Sequence[str], train_list: str, test_list: str
     ) -> None:
         self.root, self.images, self.masks, self.class_names = root, images, masks, tuple(class_names)
+        for argument, pattern in (("images", images), ("masks", masks)):
+            if pattern.count("{name}") != 1:
+                raise ValueError(f"{argument}: expected a pattern with one {{name}}, got {pattern!r}")
         if train_list:
             self.lists = {"train": read_list(root / train_list), "test": read_list(root / test_list)}
         else:
@@ -186,10 +188,11 @@ def weak_labeller(
             return collection.read_mask(name)
 
     elif kind == "scribbles" and sources:
-        (folder,) = sources
+        if len(sources) > 1 or not sources[0].is_dir():
+            raise ValueError(f"labels_from: expected one folder of XML scribbles, got {', '.join(map(str, sources))}")
 
         def read(name: str, height: int, width: int) -> np.ndarray:
-            path = folder / f"{stem(name)}.xml"
+            path = sources[0] / f"{stem(name)}.xml"
             return drawn(path, read_scribbles(path, collection.class_names), height, width, thickness)
 
     elif kind == "clicks":
@@ -258,102 +261,58 @@ def check(collection: Collection, labeller: Labeller, names: Sequence[str]) -> d
     return broken
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """Random scale, flip and crop; `crop` is (height, width) in pixels."""
+@dataclass
+class Data:
+    """What a training reads."""
 
-    crop: tuple[int, int]
-    scales: tuple[float, float]
-    flip: bool = True
-
-    def __call__(
-        self, image: Tensor, labels: Tensor, random: np.random.Generator, thin: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Image [F, H, W] and labels [H, W] to those of the crop, and its validity [H, W]: False outside the image."""
-        factor = np.exp(random.uniform(*np.log(self.scales)))
-        image, labels = resize(image, labels, factor, thin)
-        if self.flip and random.random() < 0.5:
-            image, labels = image.flip(-1), labels.flip(-1)
-        offsets = [random.integers(min(0, have - want), max(0, have - want) + 1) for have, want in self._sizes(image)]
-        (top, bottom), (left, right) = (
-            (-offset, offset + want - have) for offset, (have, want) in zip(offsets, self._sizes(image), strict=True)
-        )
-        border = (left, right, top, bottom)  # negative ones cut
-        validity = torch.ones_like(labels, dtype=torch.bool)
-        return (
-            F.pad(image, border),
-            F.pad(labels, border, value=UNLABELLED),
-            F.pad(validity, border, value=False),
-        )
-
-    def _sizes(self, image: Tensor) -> list[tuple[int, int]]:
-        return list(zip(image.shape[1:], self.crop, strict=True))
+    collection: Collection
+    labeller: Labeller
+    training: list[str]
+    testing: list[str]
 
 
-def resize(image: Tensor, labels: Tensor, factor: float, thin: bool) -> tuple[Tensor, Tensor]:
-    """Scale image [F, H, W] and labels [H, W]; `thin` labels survive where picking pixels would lose them."""
-    height, width = (max(round(length * factor), 1) for length in labels.shape)
-    if (height, width) == tuple(labels.shape):
-        return image, labels
-    image = F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0].clamp(0, 1)
-    smaller = F.interpolate(labels[None, None], (height, width), mode="nearest-exact")[0, 0]
-    if thin and factor < 1:
-        y, x = (labels != UNLABELLED).nonzero(as_tuple=True)
-        target = (y * height // labels.shape[0], x * width // labels.shape[1])
-        empty = smaller[target] == UNLABELLED
-        smaller[target[0][empty], target[1][empty]] = labels[y[empty], x[empty]]
-    return image, smaller
+def open_collection(settings: Settings) -> Collection:
+    """The images and masks that the settings name."""
+    if not settings.root:
+        raise ValueError("root: expected the folder of the data, got none")
+    root = Path(settings.root)
+    if settings.data == "acdc":
+        return Slices(root)
+    class_names = VOC_CLASSES if settings.class_names == "voc" else read_list(root / settings.class_names)
+    return Pictures(root, settings.images, settings.masks, class_names, settings.train_list, settings.test_list)
 
 
-def reduce(image: Tensor, labels: Tensor, side: int, thin: bool) -> tuple[Tensor, Tensor]:
-    """Scale down to a longest side; 0 leaves as it is."""
-    longest = max(labels.shape)
-    return resize(image, labels, side / longest, thin) if 0 < side < longest else (image, labels)
+def open_data(settings: Settings, made_labels: Path, on_broken: str = "stop") -> Data:
+    """Lists, weak labels (made from dense masks where there are none) and a look at every file.
 
-
-class TrainingSet(Dataset):
-    """Augmented samples by (epoch, place): what comes back depends on these and the seed alone."""
-
-    def __init__(
-        self,
-        collection: Collection,
-        labeller: Labeller,
-        names: Sequence[str],
-        side: int,
-        augmentation: Augmentation,
-        seed: int,
-        thin: bool,
-    ) -> None:
-        self.collection, self.labeller, self.names = collection, labeller, list(names)
-        self.side, self.augmentation, self.seed, self.thin = side, augmentation, seed, thin
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        epoch, place = key
-        name = self.names[place]
-        image = self.collection.read_image(name)
-        labels = torch.from_numpy(self.labeller(name, *image.shape[1:]))
-        image, labels = reduce(image, labels, self.side, self.thin)
-        return self.augmentation(image, labels, seeded(self.seed, epoch, place), self.thin)
-
-
-class Batches(Sampler):
-    """Keys of the batches of one process, from a given step on; epochs follow each other without a seam."""
-
-    def __init__(self, samples: int, batch: int, steps: range, seed: int, rank: int = 0, processes: int = 1) -> None:
-        self.samples, self.batch, self.steps, self.seed = samples, batch, steps, seed
-        self.rank, self.processes = rank, processes
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in self.steps:
-            places = range(step * self.batch + self.rank, (step + 1) * self.batch, self.processes)
-            yield [self._key(place) for place in places]
-
-    def _key(self, position: int) -> tuple[int, int]:
-        epoch, place = divmod(position, self.samples)
-        return epoch, int(seeded(self.seed, epoch).permutation(self.samples)[place])
+    Raises:
+        ValueError: naming every broken file, one a line, where `on_broken` is "stop"; "skip" leaves them out.
+    """
+    collection = open_collection(settings)
+    training, testing = collection.lists["train"], collection.lists["test"]
+    apart = collection.held_out(training, settings.held_out)
+    if settings.evaluate_on == "held-out":
+        testing = [name for name in training if name in apart]
+        training = [name for name in training if name not in apart]
+    sources = [Path(source) for source in settings.labels_from.split(",") if source]
+    human = isinstance(collection, Slices) and settings.labels == "scribbles"
+    if settings.labels != "dense" and not sources and not human:
+        sources = [made_labels / f"{settings.data}-{settings.labels}-{settings.label_seed}"]
+        if settings.labels == "clicks":
+            sources[0] = sources[0].with_suffix(".json")
+        if not sources[0].exists():
+            save_labels(collection, collection.lists["train"], settings.labels, settings.label_seed, sources[0])
+    labeller = weak_labeller(
+        collection, settings.labels, sources, settings.thickness, settings.keep, settings.label_seed
+    )
+    broken = check(collection, labeller, training)
+    broken |= check(collection, lambda name, height, width: collection.read_mask(name), testing)
+    if broken and on_broken == "stop":
+        count = f"{len(broken)} broken of {len(training) + len(testing)} images"
+        raise ValueError("\n".join([*broken.values(), count]))
+    for message in broken.values():
+        tqdm.write(f"left out: {message}")
+    training, testing = ([name for name in names if name not in broken] for names in (training, testing))
+    if not training or not testing:
+        raise ValueError(f"{settings.root}: expected images to train and test on, got {len(training)}, {len(testing)}")
+    return Data(collection, labeller, training, testing)

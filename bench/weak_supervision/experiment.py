@@ -28,9 +28,10 @@ from tqdm import tqdm
 import gcrf_triton
 
 from ..run import processor
+from .data import open_collection, open_data
 from .report import draw_curves, draw_panel, draw_sweep, print_table
 from .settings import GATES, Settings, add_options, preset
-from .train import Result, open_collection, open_data, train
+from .train import Result, train
 
 LABELS = {"acdc": ("scribbles",), "msrc": ("clicks", "scribbles")}
 QUICK = {"acdc": {"steps": 200, "evaluations": 1}, "msrc": {"steps": 120, "evaluations": 1}}
@@ -86,14 +87,14 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, di
     parser.add_argument("--sweep", choices=SWEEPS, help="one setting instead of the table")
     parser.add_argument("--report", action="store_true", help="train nothing; tables and pictures of what is there")
     parser.add_argument("--on-broken", choices=("stop", "skip"), default="stop", help="at unusable files (%(default)s)")
-    add_options(parser, leave_out=CALLS)
+    free = [entry.name for entry in dataclasses.fields(Settings) if entry.name not in CALLS]
+    add_options(parser, free)
     options = parser.parse_args(arguments)
     if not options.acdc and not options.msrc:
         parser.error("expected --acdc, --msrc or both")
     if options.seeds is None:
         options.seeds = 1 if options.quick or options.sweep else 3
-    names = {entry.name for entry in dataclasses.fields(Settings)}
-    return options, {name: value for name, value in vars(options).items() if name in names}
+    return options, {name: value for name, value in vars(options).items() if name in free}
 
 
 def plans(data: str, root: str, options: argparse.Namespace, changes: dict[str, object]) -> list[Plan]:

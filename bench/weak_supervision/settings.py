@@ -60,6 +60,7 @@ class Settings:
     evaluate_on: str = option("test", "the test list, or training names held apart", ("test", "held-out"))
     held_out: float = option(0.2, "share of the training names that held-out takes")
     evaluations: int = option(4, "evaluations during training")
+    workers: int = option(0, "processes that read ahead")
     checkpoint_every: int = option(200, "steps; 0: none")
 
 
@@ -93,7 +94,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "largest": 2.0,
         "thickness": 3.0,
         "batch": 16,
-        "steps": 60000,
+        "steps": 90000,
         "optimizer": "sgd",
         "learning_rate": 0.007,
         "weight_decay": 5e-4,
@@ -120,16 +121,15 @@ def preset(data: str, **changes: object) -> Settings:
     return Settings(**{"data": data} | PRESETS[data] | changes)
 
 
-def add_options(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) -> None:
-    """An option for every setting, without defaults: those depend on the data."""
+def add_options(parser: argparse.ArgumentParser, names: Sequence[str] | None = None) -> None:
+    """An option for every setting, or for those named, without defaults: these depend on the data."""
     kinds = typing.get_type_hints(Settings)
     for entry in fields(Settings):
-        if entry.name in leave_out:
-            continue
-        parser.add_argument(
-            f"--{entry.name.replace('_', '-')}",
-            type=kinds[entry.name],
-            default=argparse.SUPPRESS,
-            choices=entry.metadata["choices"],
-            help=f"{entry.metadata['help']} ({str(entry.default) or 'none'})".replace("%", "%%"),
-        )
+        if names is None or entry.name in names:
+            parser.add_argument(
+                f"--{entry.name.replace('_', '-')}",
+                type=kinds[entry.name],
+                default=argparse.SUPPRESS,
+                choices=entry.metadata["choices"],
+                help=f"{entry.metadata['help']} ({str(entry.default) or 'none'})".replace("%", "%%"),
+            )
