@@ -114,6 +114,8 @@ def draw(strokes: Iterable[Stroke], height: int, width: int, thickness: float) -
         points = [(min(int(x), width - 1), min(int(y), height - 1)) for x, y in stroke.points]
         if len(points) > 1:
             pen.line(points, fill=stroke.label, width=max(round(thickness), 1), joint="curve")
+        elif thickness < 2:
+            pen.point(points, fill=stroke.label)
         else:
             x, y = points[0]
             reach = (thickness - 1) / 2

@@ -148,7 +148,12 @@ def train(settings: Settings, data: Data, out: Path) -> Result | None:
     samples = TrainingSet(data, settings)
     steps = range(progress.step, settings.steps)
     batches = Batches(len(samples), settings.batch, steps, settings.seed, rank, trainer.processes)
-    loader = DataLoader(samples, batch_sampler=batches, num_workers=settings.workers)
+    loader = DataLoader(
+        samples,
+        batch_sampler=batches,
+        num_workers=settings.workers,
+        generator=torch.Generator(),  # its own: starting to read must not move the network's noise
+    )
     with (
         log_to(out, rank, progress.step) as log,
         tqdm(loader, out.name, settings.steps, initial=progress.step, unit="step", disable=rank > 0 or None) as bar,
