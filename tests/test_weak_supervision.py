@@ -165,7 +165,7 @@ def test_trains_to_something(acdc: Path, tmp_path: Path) -> None:
     result = run(
         small("acdc", acdc, network="unet", steps=60, crop=36, delay=0.0, checkpoint_every=0), tmp_path / "run"
     )
-    assert result.scores["dice"] > 0.9 and result.scores["miou"] > 0.8
+    assert result.scores["dice"] > 0.8 and result.scores["miou"] > 0.7
     assert 0 < result.loss_share < 1 and result.kernel_mass > 1
     with Image.open(next((tmp_path / "run" / "predictions").glob("*.png"))) as prediction:
         assert prediction.size[0] == 36

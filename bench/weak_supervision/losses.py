@@ -22,8 +22,8 @@ def losses_of(
     """Partial cross entropy at the labels' resolution, Gated CRF loss (0 without weight), logits [N, C, h, w]."""
     dtype = torch.float32 if settings.amp == "none" else getattr(torch, settings.amp)
     with torch.autocast(image.device.type, dtype, enabled=settings.amp != "none"):
-        logits = network(image.expand(-1, 3, -1, -1))
-    logits = logits.float()
+        logits = network(as_input(image))
+    logits = logits.float().contiguous()
     enlarged = logits
     if logits.shape[2:] != labels.shape[1:]:
         enlarged = F.interpolate(logits, labels.shape[1:], mode="bilinear")
@@ -31,6 +31,11 @@ def losses_of(
     if settings.loss == "pce" or weight == 0:
         return partial, torch.zeros_like(partial), logits
     return partial, crf(logits, image, labels, validity, settings), logits
+
+
+def as_input(image: Tensor) -> Tensor:
+    """What networks take, from images [N, 1 or 3, H, W]."""
+    return image.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
 
 def crf(logits: Tensor, image: Tensor, labels: Tensor, validity: Tensor, settings: Settings) -> Tensor:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .data import Data, stem
-from .losses import losses_of, ramp, time_loss
+from .losses import as_input, losses_of, ramp, time_loss
 from .networks import build_network
 from .samples import Batches, TrainingSet, shorten
 from .scores import Scores
@@ -66,7 +66,8 @@ class Trainer:
             raise ValueError(f"batch: expected a multiple of {parts} (processes, parts), got {settings.batch}")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.manual_seed(settings.seed)  # the same weights in every process
-        self.network = build_network(settings.network, classes).to(self.device)
+        network = build_network(settings.network, classes)
+        self.network = network.to(self.device, memory_format=torch.channels_last)  # a fifth to a third faster
         self.parallel = DistributedDataParallel(self.network) if self.processes > 1 else self.network
         self.optimizer = make_optimizer(settings, self.network)
         self.schedule = torch.optim.lr_scheduler.PolynomialLR(self.optimizer, settings.steps, settings.power)
@@ -201,7 +202,7 @@ def predict(network: nn.Module, data: Data, settings: Settings, names: list[str]
         image = data.collection.read_image(name)
         height, width = image.shape[1:]
         smaller, _ = shorten(image, torch.zeros(height, width, dtype=torch.uint8), settings.side, thin=False)
-        logits = network(smaller[None].expand(-1, 3, -1, -1).to(device)).float()
+        logits = network(as_input(smaller[None].to(device))).float()
         yield name, F.interpolate(logits, (height, width), mode="bilinear")[0].argmax(0).byte().cpu().numpy()
 
 
