@@ -208,6 +208,8 @@ def test_all_broken_files_are_reported_then_it_stops_or_goes_on(
     }
     assert len(lines) == 5
     assert all(any(message in line for line in lines) for message in expected.values())
+    with pytest.raises(ValueError, match="5 broken of 12 images"):  # also before labels are made from masks
+        open_data(preset("folder", root=folder.root, labels="clicks"), tmp_path / "made")
     data = open_data(folder, tmp_path, on_broken="skip")
     assert len(data.training) + len(data.testing) == 7 and not set(data.training) & set(data.testing)
     assert capsys.readouterr().out.count("left out:") == 5

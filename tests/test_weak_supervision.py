@@ -289,11 +289,23 @@ def test_experiment(
 
 def test_sweep_is_scored_on_what_is_held_apart(acdc: Path, msrc: Path, tmp_path: Path) -> None:
     arguments = experiment_arguments(acdc, msrc, tmp_path / "out")
-    experiment.main([*arguments[:2], *arguments[4:], "--sweep", "sigma"])
+    arguments = [*arguments[:2], *arguments[4:]]
+    experiment.main([*arguments, "--sweep", "sigma"])
     with (tmp_path / "out" / "acdc.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["sigma"], row["normalise"]) for row in rows] == [
+    assert rows[0]["loss"] == "pce" and {row["evaluate_on"] for row in rows} == {"held-out"}
+    assert [(row["sigma"], row["normalise"]) for row in rows[1:]] == [
         (sigma, normalise) for sigma in ("0.03", "0.06", "0.1", "0.2") for normalise in ("none", "mass")
     ]
-    assert {row["evaluate_on"] for row in rows} == {"held-out"}
     assert (tmp_path / "out" / "acdc-sigma.png").exists()
+    radius = experiment.plans("acdc", str(acdc), *experiment.parse_arguments([*arguments, "--sweep", "radius"]))
+    assert len({training.name for training in radius}) == 9
+    assert len({training.name for training in radius} & {row["run"] for row in rows}) == 3  # trained once for both
+
+
+def test_what_is_held_apart_is_not_trained_on(acdc: Path, msrc: Path, tmp_path: Path) -> None:
+    data = open_data(small("acdc", acdc, evaluate_on="held-out"), tmp_path)
+    assert {name[:10] for name in data.testing} == {"patient005"} and len(data.training) == 8
+    data = open_data(small("msrc", msrc, evaluate_on="held-out", labels="dense", held_out=0.5), tmp_path)
+    assert not set(data.testing) & set(data.training) and len(data.testing + data.training) == 10
+    assert not set(data.testing + data.training) & set(data.collection.lists["test"])

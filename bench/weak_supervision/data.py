@@ -232,15 +232,17 @@ def keep_regions(labels: np.ndarray, share: float, random: np.random.Generator) 
 
 
 def save_labels(collection: Collection, names: Iterable[str], kind: str, seed: int, out: Path) -> None:
-    """Make clicks (a JSON file) or scribbles (a folder of XML files) from dense masks."""
+    """Make clicks (a JSON file) or scribbles (a folder of XML files) from dense masks, all of them or none."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f"{out.name}.part")
     if kind == "clicks":
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_clicks(out, {stem(name): make_clicks(collection.read_mask(name)) for name in names})
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        strokes = make_scribbles(collection.read_mask(name), seeded(seed, name))
-        write_scribbles(out / f"{stem(name)}.xml", strokes, collection.class_names)
+        write_clicks(part, {stem(name): make_clicks(collection.read_mask(name)) for name in names})
+    else:
+        part.mkdir(exist_ok=True)
+        for name in tqdm(names, desc="making scribbles", unit="image", leave=False, disable=None):
+            strokes = make_scribbles(collection.read_mask(name), seeded(seed, name))
+            write_scribbles(part / f"{stem(name)}.xml", strokes, collection.class_names)
+    part.replace(out)
 
 
 def check(collection: Collection, labeller: Labeller, names: Sequence[str]) -> dict[str, str]:
@@ -294,22 +296,32 @@ def open_data(settings: Settings, made_labels: Path, on_broken: str = "stop") ->
     if settings.evaluate_on == "held-out":
         testing = [name for name in training if name in apart]
         training = [name for name in training if name not in apart]
+
+    def dense(name: str, height: int, width: int) -> np.ndarray:
+        return collection.read_mask(name)
+
+    def stop_at_broken() -> None:
+        if broken and on_broken == "stop":
+            count = f"{len(broken)} broken of {len(training) + len(testing)} images"
+            raise ValueError("\n".join([*broken.values(), count]))
+
+    broken = check(collection, dense, testing)
     sources = [Path(source) for source in settings.labels_from.split(",") if source]
-    human = isinstance(collection, Slices) and settings.labels == "scribbles"
-    if settings.labels != "dense" and not sources and not human:
-        sources = [made_labels / f"{settings.data}-{settings.labels}-{settings.label_seed}"]
-        if settings.labels == "clicks":
-            sources[0] = sources[0].with_suffix(".json")
+    drawn_by_people = isinstance(collection, Slices) and settings.labels == "scribbles"
+    if settings.labels != "dense" and not sources and not drawn_by_people:
+        made = made_labels / f"{settings.data}-{settings.labels}-{settings.label_seed}"
+        sources = [made.with_suffix(".json") if settings.labels == "clicks" else made]
         if not sources[0].exists():
-            save_labels(collection, collection.lists["train"], settings.labels, settings.label_seed, sources[0])
+            names = collection.lists["train"]
+            broken |= check(collection, dense, names)
+            stop_at_broken()
+            usable = [name for name in names if name not in broken]
+            save_labels(collection, usable, settings.labels, settings.label_seed, sources[0])
     labeller = weak_labeller(
         collection, settings.labels, sources, settings.thickness, settings.keep, settings.label_seed
     )
-    broken = check(collection, labeller, training)
-    broken |= check(collection, lambda name, height, width: collection.read_mask(name), testing)
-    if broken and on_broken == "stop":
-        count = f"{len(broken)} broken of {len(training) + len(testing)} images"
-        raise ValueError("\n".join([*broken.values(), count]))
+    broken |= check(collection, labeller, [name for name in training if name not in broken])
+    stop_at_broken()
     for message in broken.values():
         tqdm.write(f"left out: {message}")
     training, testing = ([name for name in names if name not in broken] for names in (training, testing))

@@ -2,10 +2,11 @@
 
     python -m bench.weak_supervision.experiment --acdc ACDC --msrc MSRC_v2 [--quick]
     python -m bench.weak_supervision.experiment --acdc ACDC --sweep weight
+    python -m bench.weak_supervision.experiment --voc VOC2012 --kinds clicks --labels-from objects.json,background.json
 
-Every training is a row of `acdc.csv` or `msrc.csv` in the folder --out. Killed and started again, the command skips the
-rows that are there and goes on from the checkpoint of the training that was cut. The table is scored on the test list;
-sweeps, which choose settings, on training patients or images held apart. Any setting of
+Every training is a row of `acdc.csv`, `msrc.csv`, ... in the folder --out. Killed and started again, the command skips
+the rows that are there and goes on from the checkpoint of the training that was cut. The table is scored on the test
+list; sweeps, which choose settings, on training patients or images held apart. Any setting of
 `python -m bench.weak_supervision` can be given for all trainings alike.
 """
 
@@ -33,22 +34,25 @@ from .report import draw_curves, draw_panel, draw_sweep, print_table
 from .settings import GATES, Settings, add_options, preset
 from .train import Result, train
 
-LABELS = {"acdc": ("scribbles",), "msrc": ("clicks", "scribbles")}
-QUICK = {"acdc": {"steps": 200, "evaluations": 1}, "msrc": {"steps": 120, "evaluations": 1}}
-MASS = {"acdc": 70.0, "msrc": 35.0}  # of the presets' kernels: a weight times this is the one of --normalise mass
-SWEEPS: dict[str, list[dict[str, object]]] = {
-    "weight": [{"weight": factor} for factor in (0.1, 0.3, 1, 3, 10)],  # times the preset's
-    "radius": [{"radius": radius} for radius in (2, 3, 5, 8)],
-    "sigma": [{"sigma": sigma} for sigma in (0.03, 0.06, 0.1, 0.2)],
-    "kernels": [{"kernels": kernels} for kernels in ("rgb+xy", "xy", "rgb", "rgb+xy,xy")],
-    "resolution": [{"loss_stride": stride} for stride in ("full", "2", "4", "8")],
-    "gates": [{"gates": gates} for gates in GATES],
-    "delay": [{"delay": delay} for delay in (0.0, 0.05, 0.2, 0.5)],
-    "labels": [{"keep": keep} for keep in (0.25, 0.5, 1.0)],
+KINDS = {"acdc": ["scribbles"], "msrc": ["clicks", "scribbles"], "voc": ["clicks"], "folder": ["clicks"]}
+QUICK = {"acdc": 200, "msrc": 120, "voc": 120, "folder": 120}  # steps
+MASS = {"acdc": 66.0, "msrc": 38.0}  # of the presets' kernels: a weight times this is the one of --normalise mass
+NATIVE = {"acdc": "full", "msrc": "4"}  # the stride of the presets' networks
+SWEEPS: dict[str, tuple[str, tuple]] = {
+    "weight": ("weight", (0.1, 0.3, 1, 3, 10)),  # times the preset's
+    "radius": ("radius", (2, 3, 5, 8)),
+    "sigma": ("sigma", (0.03, 0.06, 0.1, 0.2)),
+    "kernels": ("kernels", ("rgb+xy", "xy", "rgb", "rgb+xy,xy")),
+    "resolution": ("loss_stride", ("full", "2", "4", "8")),
+    "gates": ("gates", GATES),
+    "delay": ("delay", (0.0, 0.05, 0.2, 0.5)),
+    "labels": ("keep", (0.25, 0.5, 1.0)),
+    "thickness": ("thickness", (1.0, 3.0, 5.0)),
 }
 CHANGES_MASS = ("radius", "sigma", "resolution")  # swept with and without normalisation
 NOT_RECORDED = ("root", "labels_from")  # places on one machine
-CALLS = ("data", "root", "labels", "loss", "seed", "evaluate_on")  # settings that the experiment decides
+SWEPT = {name for name, _ in SWEEPS.values()} | {"normalise"}
+DECIDED_HERE = ("data", "root", "labels", "loss", "seed", "evaluate_on")
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,6 @@ class Plan:
     """One training of the experiment."""
 
     name: str
-    sweep: str
     settings: Settings
 
 
@@ -65,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     options, changes = parse_arguments(arguments)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        for data in ("acdc", "msrc"):
+        for data in KINDS:
             if root := getattr(options, data):
                 run_all(data, plans(data, root, options, changes), options)
     except (ValueError, OSError) as error:
@@ -81,17 +84,20 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, di
     )
     parser.add_argument("--acdc", default="", metavar="FOLDER", help="slices of ACDC, as WSL4MIS cuts them")
     parser.add_argument("--msrc", default="", metavar="FOLDER", help="MSRC-v2 in the layout of PASCAL VOC")
+    parser.add_argument("--voc", default="", metavar="FOLDER", help="PASCAL VOC 2012 with the masks of SBD")
+    parser.add_argument("--folder", default="", metavar="FOLDER", help="images and palette masks of your own")
+    parser.add_argument("--kinds", nargs="+", choices=("clicks", "scribbles"), help="of labels (what the data has)")
     parser.add_argument("--out", type=Path, default=Path("weak-supervision-output"), help="folder (%(default)s)")
     parser.add_argument("--seeds", type=int, default=None, help="how many (3, of sweeps and --quick 1)")
     parser.add_argument("--quick", action="store_true", help="the table with too few steps, in minutes")
-    parser.add_argument("--sweep", choices=SWEEPS, help="one setting instead of the table")
+    parser.add_argument("--sweep", choices=SWEEPS, help="values of one setting, instead of the table")
     parser.add_argument("--report", action="store_true", help="train nothing; tables and pictures of what is there")
     parser.add_argument("--on-broken", choices=("stop", "skip"), default="stop", help="at unusable files (%(default)s)")
-    free = [entry.name for entry in dataclasses.fields(Settings) if entry.name not in CALLS]
+    free = [entry.name for entry in dataclasses.fields(Settings) if entry.name not in DECIDED_HERE]
     add_options(parser, free)
     options = parser.parse_args(arguments)
-    if not options.acdc and not options.msrc:
-        parser.error("expected --acdc, --msrc or both")
+    if not any(getattr(options, data) for data in KINDS):
+        parser.error("expected the folder of at least one data set")
     if options.seeds is None:
         options.seeds = 1 if options.quick or options.sweep else 3
     return options, {name: value for name, value in vars(options).items() if name in free}
@@ -99,87 +105,93 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, di
 
 def plans(data: str, root: str, options: argparse.Namespace, changes: dict[str, object]) -> list[Plan]:
     """Every training of the table, or of a sweep, seed by seed."""
-    changes = (QUICK[data] if options.quick else {}) | changes
+    if options.quick:
+        changes = {"steps": QUICK[data], "evaluations": 1} | changes
+    kinds = options.kinds or KINDS[data]
     found = []
     for seed in range(options.seeds):
-        common = {"root": root, "seed": seed} | changes
+        base = preset(data, **{"root": root, "seed": seed} | changes)
         if options.sweep:
-            found += sweep_plans(data, options.sweep, common)
+            found += sweep_plans(dataclasses.replace(base, labels=kinds[0]), options.sweep)
             continue
-        weak = LABELS[data][:1] if options.quick else LABELS[data]
-        for labels in weak:
-            for loss in ("pce", "gcrf"):
-                settings = preset(data, **common, labels=labels, loss=loss)
-                found.append(Plan(f"{data}-{labels}-{loss}-{seed}", "", settings))
-            if labels == weak[0]:
-                settings = preset(data, **common, labels="dense", loss="pce")
-                found.append(Plan(f"{data}-dense-pce-{seed}", "", settings))
+        for kind in kinds[:1] if options.quick else kinds:
+            found += [plan(base, labels=kind, loss=loss) for loss in ("pce", "gcrf")]
+            if kind == kinds[0]:
+                found.append(plan(base, labels="dense", loss="pce"))
     return found
 
 
-def sweep_plans(data: str, sweep: str, common: dict[str, object]) -> list[Plan]:
-    """One seed of a sweep, scored on what is held apart."""
-    base = preset(data, **common, loss="gcrf", evaluate_on="held-out")
-    found = []
-    for change in SWEEPS[sweep]:
-        ((name, value),) = change.items()
-        if name == "weight":
+def sweep_plans(base: Settings, sweep: str) -> list[Plan]:
+    """One seed of a sweep, scored on what is held apart, with partial cross entropy alone to compare with."""
+    base = dataclasses.replace(base, evaluate_on="held-out")
+    name, values = SWEEPS[sweep]
+    found = [] if sweep in ("labels", "thickness") else [plan(base, loss="pce")]
+    for value in values:
+        if sweep == "weight":
             value = round(value * base.weight, 6)
-        settings = dataclasses.replace(base, **{name: value})
-        label = f"{data}-{base.labels}-{name}={value}"
-        found.append(Plan(f"{label}-{base.seed}", sweep, settings))
-        if sweep in CHANGES_MASS:
-            settings = dataclasses.replace(settings, normalise="mass", weight=base.weight * MASS[data])
-            found.append(Plan(f"{label}-mass-{base.seed}", sweep, settings))
-        if sweep == "labels":
-            found.append(Plan(f"{label}-pce-{base.seed}", sweep, dataclasses.replace(settings, loss="pce")))
+        elif sweep == "resolution" and value == NATIVE.get(base.data):
+            value = "native"
+        found.append(plan(base, loss="gcrf", **{name: value}))
+        if sweep in CHANGES_MASS and base.data in MASS:
+            weight = round(base.weight * MASS[base.data], 6)
+            found.append(plan(base, loss="gcrf", normalise="mass", weight=weight, **{name: value}))
+        if sweep in ("labels", "thickness"):
+            found.append(plan(base, loss="pce", **{name: value}))
     return found
+
+
+def plan(base: Settings, **changes: object) -> Plan:
+    """A training named after what it changes, so that sweeps share those that are the same."""
+    settings = dataclasses.replace(base, **changes)
+    parts = [settings.data, settings.labels, settings.loss]
+    parts += [f"{name}={value}" for name, value in changes.items() if getattr(base, name) != value and name in SWEPT]
+    if settings.evaluate_on != "test":
+        parts.append(settings.evaluate_on)
+    return Plan("-".join([*parts, str(settings.seed)]), settings)
 
 
 def run_all(data: str, wanted: list[Plan], options: argparse.Namespace) -> None:
     """Train what has no row yet, one after the other."""
     table = options.out / f"{data}.csv"
-    for plan in wanted:
+    for training in wanted:
         rows = {row["run"]: row for row in read_rows(table)}
-        if plan.name in rows:
-            refuse_changes(plan, rows[plan.name], table)
+        if training.name in rows:
+            refuse_changes(training, rows[training.name], table)
             continue
         if options.report:
             continue
-        folder = options.out / plan.name
+        folder = options.out / training.name
         folder.mkdir(parents=True, exist_ok=True)
-        data_read = open_data(plan.settings, options.out / "labels", options.on_broken)
-        result = train(plan.settings, data_read, folder)
-        if result is None:  # another process than the first
-            continue
+        data_read = open_data(training.settings, options.out / "labels", options.on_broken)
+        result = train(training.settings, data_read, folder)
         (folder / "curve.json").write_text(json.dumps(result.curve))
-        append_row(table, row_of(plan, result))
+        append_row(table, row_of(training, result))
         (folder / "checkpoint.pt").unlink(missing_ok=True)
-        tqdm.write(f"{plan.name}: " + ", ".join(f"{name} {result.scores[name]:.3f}" for name in ("dice", "miou")))
+        tqdm.write(f"{training.name}: " + ", ".join(f"{name} {result.scores[name]:.3f}" for name in ("dice", "miou")))
     report(data, wanted, read_rows(table), options)
 
 
 def report(data: str, wanted: list[Plan], rows: list[dict[str, str]], options: argparse.Namespace) -> None:
     """The table with curves and panel, or the plot of a sweep, of the trainings that are done."""
     done = {row["run"]: row for row in rows}
-    rows = [done[plan.name] for plan in wanted if plan.name in done]
+    rows = [done[training.name] for training in wanted if training.name in done]
     if not rows:
         return
     metric = "dice" if data == "acdc" else "miou"
     if options.sweep:
-        draw_sweep(rows, options.sweep, metric, options.out / f"{data}-{options.sweep}.png")
+        draw_sweep(rows, SWEEPS[options.sweep][0], metric, options.out / f"{data}-{options.sweep}.png")
         return
     print_table(rows, metric)
     draw_curves(rows, metric, options.out, options.out / f"{data}-curves.png")
     draw_panel(open_collection(wanted[0].settings), rows, options.out, options.out / f"{data}-panel.png")
 
 
-def row_of(plan: Plan, result: Result) -> dict[str, object]:
+def row_of(training: Plan, result: Result) -> dict[str, object]:
     """Scores, costs, every setting and what it ran with."""
-    settings = {name: value for name, value in asdict(plan.settings).items() if name not in NOT_RECORDED}
+    settings = {name: value for name, value in asdict(training.settings).items() if name not in NOT_RECORDED}
     scores = {name: value for name, value in result.scores.items() if name not in ("step", "pce", "gcrf")}
     return (
-        {"run": plan.name, "sweep": plan.sweep}
+        {"run": training.name}
         | scores
         | {
             "seconds_per_step": round(result.seconds_per_step, 4),
@@ -199,12 +211,12 @@ def row_of(plan: Plan, result: Result) -> dict[str, object]:
     )
 
 
-def refuse_changes(plan: Plan, row: dict[str, str], table: Path) -> None:
+def refuse_changes(training: Plan, row: dict[str, str], table: Path) -> None:
     """Raise ValueError unless a row has the settings that are asked for."""
-    for name, value in asdict(plan.settings).items():
+    for name, value in asdict(training.settings).items():
         if name not in NOT_RECORDED and row[name] != str(value):
             raise ValueError(
-                f"{table}: expected {plan.name} with {name}={value}, got {row[name]}; choose another --out"
+                f"{table}: expected {training.name} with {name}={value}, got {row[name]}; choose another --out"
             )
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .data import Collection, stem
-from .labels import UNLABELLED
+from .data import Collection, Slices, seeded, stem
+from .labels import UNLABELLED, draw, make_clicks, make_scribbles
 from .scores import BAND
 
 METHODS = {"pce": "partial CE", "gcrf": "partial CE + Gated CRF"}
@@ -93,23 +93,23 @@ def draw_curves(rows: Sequence[Row], metric: str, folder: Path, path: Path) -> N
     figure.savefig(path)
 
 
-def draw_sweep(rows: Sequence[Row], sweep: str, metric: str, path: Path) -> None:
+def draw_sweep(rows: Sequence[Row], column: str, metric: str, path: Path) -> None:
     """Scores over the values of the setting that was swept, every seed a point, with a line through the means."""
-    column = {"resolution": "loss_stride", "labels": "keep"}.get(sweep, sweep)
-    values = list(dict.fromkeys(row[column] for row in rows))
+    values = list(dict.fromkeys(row[column] for row in rows if row["loss"] == "gcrf"))
     figure = Figure((6, 4), dpi=110, layout="constrained")
     axis = figure.subplots()
-    lines = sorted({(row["loss"], row["normalise"]) for row in rows})
-    for number, (loss, normalise) in enumerate(lines):
+    print()
+    for number, (loss, normalise) in enumerate(sorted({(row["loss"], row["normalise"]) for row in rows})):
         mine = [row for row in rows if (row["loss"], row["normalise"]) == (loss, normalise)]
-        label = METHODS[loss] + (" / kernel mass" if normalise == "mass" else "")
-        means = [statistics.fmean(scores_of([r for r in mine if r[column] == v], metric) or [math.nan]) for v in values]
-        axis.plot(range(len(values)), means, color=f"C{number}", label=label)
-        axis.plot([values.index(row[column]) for row in mine], scores_of(mine, metric), f"C{number}o", ms=4)
-        print(
-            f"{sweep:12}{label:40}"
-            + "".join(f"{value:>10}: {mean:.1f}" for value, mean in zip(values, means, strict=True))
-        )
+        label = METHODS[loss] + (", over kernel mass" if normalise == "mass" else "")
+        scores = {value: scores_of([row for row in mine if row[column] == value], metric) for value in values}
+        if loss == "pce" and sum(map(bool, scores.values())) <= 1:  # the same whatever the value
+            scores = dict.fromkeys(values, scores_of(mine, metric))
+        means = [statistics.fmean(found or [math.nan]) for found in scores.values()]
+        axis.plot(range(len(values)), means, f"C{number}--" if loss == "pce" else f"C{number}", label=label)
+        for place, found in enumerate(scores.values()):
+            axis.plot([place] * len(found), found, f"C{number}o", ms=4)
+        print(f"{label:42}" + "".join(f"{value:>9}: {mean:4.1f}" for value, mean in zip(values, means, strict=True)))
     axis.set_xticks(range(len(values)), values)
     axis.set(xlabel=column.replace("_", " "), ylabel=f"{metric} on what is held apart, %")
     axis.legend(frameon=False)
@@ -117,18 +117,22 @@ def draw_sweep(rows: Sequence[Row], sweep: str, metric: str, path: Path) -> None
 
 
 def draw_panel(collection: Collection, rows: Sequence[Row], folder: Path, path: Path) -> None:
-    """A few test images, what every method makes of them with the first seed, and the truth. Not ours to share."""
+    """A few test images, labels as in training, what every method makes of them with the first seed, and the truth.
+
+    Pictures of data that nobody may pass on stay where they are written.
+    """
     first = {name: mine[0]["run"] for name, mine in by_method(rows).items()}
     kept = [{file.stem for file in (folder / run / "predictions").glob("*.png")} for run in first.values()]
     names = [name for name in collection.lists["test"] if stem(name) in set.intersection(*kept)]
     if not names:
         return
-    figure = Figure((2.2 * (len(first) + 2), 1.9 * len(names)), dpi=110, layout="constrained")
-    axes = figure.subplots(len(names), len(first) + 2, squeeze=False)
+    figure = Figure((2.2 * (len(first) + 3), 1.9 * len(names)), dpi=110, layout="constrained")
+    axes = figure.subplots(len(names), len(first) + 3, squeeze=False)
     for line, name in zip(axes, names, strict=True):
         image, truth = collection.read_image(name).expand(3, -1, -1), collection.read_mask(name)
         photo = (255 * image.permute(1, 2, 0).numpy()).astype(np.uint8)
-        pictures = {"image": photo}
+        kind = rows[0]["labels"]
+        pictures = {"image": photo, kind: paint(photo, weak_labels(collection, name, kind, truth), opacity=1)}
         for title, run in first.items():
             with Image.open(folder / run / "predictions" / f"{stem(name)}.png") as prediction:
                 pictures[title] = paint(photo, np.array(prediction))
@@ -141,8 +145,16 @@ def draw_panel(collection: Collection, rows: Sequence[Row], folder: Path, path: 
     figure.savefig(path)
 
 
-def paint(photo: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def weak_labels(collection: Collection, name: str, kind: str, truth: np.ndarray) -> np.ndarray:
+    """What a test image would be trained with, [H, W] uint8, drawn to be seen."""
+    if isinstance(collection, Slices) and kind == "scribbles":
+        return collection.read_scribbles(name, *truth.shape)
+    strokes = make_clicks(truth) if kind == "clicks" else make_scribbles(truth, seeded(0, name))
+    return draw(strokes, *truth.shape, thickness=7)
+
+
+def paint(photo: np.ndarray, labels: np.ndarray, opacity: float = 0.65) -> np.ndarray:
     """Classes in VOC's colours over a photograph, [H, W, 3] uint8; unlabelled pixels stay."""
-    colours = imgviz.label_colormap()[labels]
-    mixed = (0.35 * photo + 0.65 * colours).astype(np.uint8)
+    colours = np.where(labels == 0, 60, 0)[..., None] + imgviz.label_colormap()[labels]  # not black on black
+    mixed = ((1 - opacity) * photo + opacity * colours.clip(0, 255)).astype(np.uint8)
     return np.where((labels == UNLABELLED)[..., None], photo, mixed)
