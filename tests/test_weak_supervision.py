@@ -258,7 +258,7 @@ def test_networks(name: str, stride: int) -> None:
 
 def experiment_arguments(acdc: Path, msrc: Path, out: Path) -> list[str]:
     data = ["--acdc", str(acdc), "--msrc", str(msrc), "--out", str(out), "--network", NETWORK]
-    return [*data, "--steps", "2", "--crop", "24", "--batch", "2", "--evaluations", "1", "--delay", "0", "--ramp", "0"]
+    return [*data, "--steps", "2", "--crop", "24", "--batch", "2", "--evaluations", "1"]
 
 
 def test_experiment(
@@ -283,6 +283,9 @@ def test_experiment(
 
     monkeypatch.setattr(experiment, "train", None)  # everything is there: nothing is trained again
     experiment.main([*arguments, "--seeds", "2"])
+    others = experiment.plans("acdc", str(acdc), *experiment.parse_arguments([*arguments, "--weight", "0.5"]))
+    done = (tmp_path / "out" / "acdc.csv").read_text()
+    assert [training.name in done for training in others[:3]] == [True, False, True]  # only the loss has a weight
     with pytest.raises(SystemExit, match=r"acdc.csv: expected acdc-scribbles-pce-0 with steps=9, got 2"):
         experiment.main([*arguments, "--steps", "9"])
 

@@ -51,7 +51,9 @@ SWEEPS: dict[str, tuple[str, tuple]] = {
 }
 CHANGES_MASS = ("radius", "sigma", "resolution")  # swept with and without normalisation
 NOT_RECORDED = ("root", "labels_from")  # places on one machine
-SWEPT = {name for name, _ in SWEEPS.values()} | {"normalise"}
+LABEL_SETTINGS = ("thickness", "keep", "label_seed")
+# these mean nothing to partial cross entropy alone
+LOSS_SETTINGS = ("weight", "normalise", "delay", "ramp", "kernels", "sigma", "xy", "radius", "loss_stride", "gates")
 DECIDED_HERE = ("data", "root", "labels", "loss", "seed", "evaluate_on")
 
 
@@ -141,10 +143,11 @@ def sweep_plans(base: Settings, sweep: str) -> list[Plan]:
 
 
 def plan(base: Settings, **changes: object) -> Plan:
-    """A training named after what it changes, so that sweeps share those that are the same."""
+    """A training named after what differs from the preset, so that sweeps and tables share those that are the same."""
     settings = dataclasses.replace(base, **changes)
+    usual, told = preset(settings.data), LABEL_SETTINGS + (LOSS_SETTINGS if settings.loss == "gcrf" else ())
     parts = [settings.data, settings.labels, settings.loss]
-    parts += [f"{name}={value}" for name, value in changes.items() if getattr(base, name) != value and name in SWEPT]
+    parts += [f"{name}={getattr(settings, name)}" for name in told if getattr(settings, name) != getattr(usual, name)]
     if settings.evaluate_on != "test":
         parts.append(settings.evaluate_on)
     return Plan("-".join([*parts, str(settings.seed)]), settings)

@@ -128,7 +128,7 @@ def draw_panel(collection: Collection, rows: Sequence[Row], folder: Path, path: 
         return
     figure = Figure((2.2 * (len(first) + 3), 1.9 * len(names)), dpi=110, layout="constrained")
     axes = figure.subplots(len(names), len(first) + 3, squeeze=False)
-    for line, name in zip(axes, names, strict=True):
+    for number, (line, name) in enumerate(zip(axes, names, strict=True)):
         image, truth = collection.read_image(name).expand(3, -1, -1), collection.read_mask(name)
         photo = (255 * image.permute(1, 2, 0).numpy()).astype(np.uint8)
         kind = rows[0]["labels"]
@@ -140,7 +140,7 @@ def draw_panel(collection: Collection, rows: Sequence[Row], folder: Path, path: 
         for axis, (title, picture) in zip(line, pictures.items(), strict=True):
             axis.imshow(picture)
             axis.axis("off")
-            if line is axes[0]:
+            if number == 0:
                 axis.set_title(title.replace(": ", ":\n").replace(" + ", "\n+ "), fontsize=9)
     figure.savefig(path)
 
