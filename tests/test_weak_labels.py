@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -252,3 +253,27 @@ def test_lists_of_sbd_name_images_and_masks(folder: Settings, tmp_path: Path) ->
     data = open_data(settings, tmp_path / "made")
     assert (len(data.training), len(data.testing)) == (5, 2)
     assert data.labeller(data.training[0], 20, 30).min() == 0
+
+
+def test_names_have_folders_spaces_and_dots(tmp_path: Path) -> None:
+    (tmp_path / "leftImg8bit" / "train").mkdir(parents=True)
+    (tmp_path / "gtFine" / "train").mkdir(parents=True)
+    (tmp_path / "classes.txt").write_text("road\ncar\n")
+    names = [f"aachen {number}.v2" for number in range(5)]
+    for name in names:
+        Image.new("RGB", (30, 20)).save(tmp_path / "leftImg8bit" / "train" / f"{name}_image.png")
+        Image.new("L", (30, 20)).save(tmp_path / "gtFine" / "train" / f"{name}_labels.png")
+    (tmp_path / "clicks.json").write_text(json.dumps({name: [{"cls": "car", "x": 4, "y": 5}] for name in names}))
+    settings = preset(
+        "folder",
+        root=str(tmp_path),
+        images="leftImg8bit/{name}_image.png",
+        masks="gtFine/{name}_labels.png",
+        labels="clicks",
+        labels_from=str(tmp_path / "clicks.json"),
+    )
+    (tmp_path / "all.txt").write_text("\n".join(f"train/{name}" for name in names))
+    listed = replace(settings, train_list="all.txt", test_list="all.txt")
+    data = open_data(listed, tmp_path)
+    assert data.training == [f"train/{name}" for name in names]
+    assert data.labeller(data.training[0], 20, 30)[5, 4] == 1

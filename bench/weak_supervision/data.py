@@ -85,8 +85,9 @@ class Slices:
 class Pictures:
     """Photographs and palette masks under patterns such as `JPEGImages/{name}.jpg`, in the lists of PASCAL VOC and SBD.
 
-    A line of a list is a name, or an image and its mask as paths from the root. Without lists every image counts, and
-    each fifth is for testing.
+    A line of a list is a name, which may have folders in it (as Cityscapes needs: `leftImg8bit/{name}_leftImg8bit.png`
+    and `train/aachen/aachen_000000_000019`), or an image and its mask as paths from the root. Without lists every image
+    counts, and each fifth is for testing.
     """
 
     def __init__(
@@ -130,10 +131,8 @@ class Pictures:
         return {name for place, name in enumerate(names) if place // 4 % period == period - 1}
 
     def _path(self, pattern: str, name: str, column: int) -> Path:
-        columns = name.split()
-        if len(columns) == 2:
-            return self.root / columns[column].lstrip("/")
-        return self.root / pattern.format(name=name)
+        paths = image_and_mask(name)
+        return self.root / (paths[column].lstrip("/") if paths else pattern.format(name=name))
 
 
 Collection = Slices | Pictures
@@ -157,9 +156,16 @@ def open_picture(path: Path) -> Image.Image:
         raise ValueError(f"{path}: expected a readable picture, got {reason(error)}") from error
 
 
+def image_and_mask(name: str) -> list[str]:
+    """The two paths of a line of SBD's lists; none for a name, which may have a space in it."""
+    columns = name.split()
+    return columns if len(columns) == 2 and all("/" in column for column in columns) else []
+
+
 def stem(name: str) -> str:
     """What weak labels call an image."""
-    return Path(name.split()[0]).stem
+    path = Path(image_and_mask(name)[0] if image_and_mask(name) else name)
+    return path.stem if path.suffix in (".h5", ".jpg", ".jpeg", ".png") else path.name
 
 
 def seeded(*numbers: int | str) -> np.random.Generator:

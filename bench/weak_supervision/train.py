@@ -169,7 +169,8 @@ def train(settings: Settings, data: Data, out: Path) -> Result | None:
                 if rank == 0:
                     scores = evaluate(trainer.network, data, settings).summary()
                     log(progress.step, **scores)
-                    pce, gcrf = (statistics.fmean(values) for values in zip(*progress.recent, strict=True))
+                    pce = statistics.fmean(pce for pce, _ in progress.recent)
+                    gcrf = statistics.fmean([gcrf for _, gcrf in progress.recent if gcrf] or [0.0])  # once it started
                     progress.curve.append({"step": progress.step, "pce": pce, "gcrf": gcrf} | scores)
                 progress.recent.clear()
             if settings.checkpoint_every and progress.step % settings.checkpoint_every == 0 and not ended:
