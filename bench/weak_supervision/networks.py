@@ -21,7 +21,7 @@ def build_network(name: str, classes: int) -> nn.Module:
         ValueError: in one line, for a name that is none of them.
     """
     if name == "unet":
-        return UNet(classes)
+        return ImageUNet(classes)
     if name in ("lite0", "lite0-full"):
         return Lite0(classes, full=name == "lite0-full")
     module, _, function = name.partition(":")
@@ -37,18 +37,17 @@ def build_network(name: str, classes: int) -> nn.Module:
 
 
 class UNet(nn.Module):
-    """A small U-Net without pretrained weights: logits [N, C, H, W]."""
+    """A small U-Net without pretrained weights: from features [N, F, H, W] about 0 to logits [N, C, H, W]."""
 
-    def __init__(self, classes: int, widths: Sequence[int] = (16, 32, 64, 128)) -> None:
+    def __init__(self, classes: int, inputs: int = 3, widths: Sequence[int] = (16, 32, 64, 128)) -> None:
         super().__init__()
-        widths = list(widths)
-        self.down = nn.ModuleList(map(convolutions, [3, *widths[:-1]], widths))
+        self.down = nn.ModuleList(map(convolutions, (inputs, *widths[:-1]), widths))
         joined = [deep + shallow for deep, shallow in zip(widths[:0:-1], widths[-2::-1], strict=True)]
         self.up = nn.ModuleList(map(convolutions, joined, widths[-2::-1]))
         self.classify = nn.Conv2d(widths[0], classes, 1)
 
-    def forward(self, image: Tensor) -> Tensor:
-        features = self.down[0](2 * image - 1)
+    def forward(self, features: Tensor) -> Tensor:
+        features = self.down[0](features)
         skipped = []
         for block in self.down[1:]:
             skipped.append(features)
@@ -57,6 +56,13 @@ class UNet(nn.Module):
             skip = skipped.pop()
             features = block(torch.cat([enlarge(features, skip), skip], dim=1))
         return self.classify(features)
+
+
+class ImageUNet(UNet):
+    """The same from images in [0, 1]."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(2 * image - 1)
 
 
 class Lite0(nn.Module):
