@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from scipy.ndimage import label
 
-from bench.weak_supervision import make_labels
 from bench.weak_supervision.data import VOC_CLASSES, check, keep_regions, open_data, seeded
 from bench.weak_supervision.labels import (
     Stroke,
@@ -224,9 +223,7 @@ def test_labels_are_made_once_saved_and_read_back(folder: Settings, tmp_path: Pa
         data = open_data(settings, tmp_path / "made")
         made = tmp_path / "made" / f"folder-{kind}-0{suffix}"
         assert made.exists()
-        saved = tmp_path / f"mine{suffix}"
-        make_labels.main(["--data", "folder", "--root", str(tmp_path), "--labels", kind, "--save-to", str(saved)])
-        again = open_data(preset("folder", root=str(tmp_path), labels=kind, labels_from=str(saved)), tmp_path / "none")
+        again = open_data(replace(settings, labels_from=str(made)), tmp_path / "none")
         for name in data.training:
             labels, mask = data.labeller(name, 20, 30), data.collection.read_mask(name)
             assert np.array_equal(labels, again.labeller(name, 20, 30))
@@ -253,6 +250,13 @@ def test_lists_of_sbd_name_images_and_masks(folder: Settings, tmp_path: Path) ->
     data = open_data(settings, tmp_path / "made")
     assert (len(data.training), len(data.testing)) == (5, 2)
     assert data.labeller(data.training[0], 20, 30).min() == 0
+
+
+def test_files_of_one_name_in_two_folders_are_refused(folder: Settings, tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("north/street_1\nnorth/street_2")
+    (tmp_path / "test.txt").write_text("south/street_2")
+    with pytest.raises(ValueError, match="expected file names that differ, got north/street_2 and south/street_2"):
+        open_data(replace(folder, train_list="train.txt", test_list="test.txt"), tmp_path)
 
 
 def test_names_have_folders_spaces_and_dots(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 from PIL import Image
@@ -43,12 +42,16 @@ class Slices:
     class_names = ACDC_CLASSES
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        try:
+            from h5py import File
+        except ImportError as error:
+            raise ValueError("data: expected h5py for acdc, got none: pip install h5py") from error
+        self.root, self.open = root, File
         self.lists = {split: read_list(root / f"{split}.txt") for split in ("train", "test")}
 
     def read_image(self, name: str) -> Tensor:
         """[1, H, W] float32 in [0, 1]."""
-        return torch.from_numpy(self._read(name, "image").astype(np.float32))[None].clamp(0, 1)
+        return torch.from_numpy(self._read(name, "image").astype(np.float32))[None]
 
     def read_mask(self, name: str) -> np.ndarray:
         """[H, W] uint8."""
@@ -73,7 +76,7 @@ class Slices:
     def _read(self, name: str, key: str) -> np.ndarray:
         path = self.root / "slices" / name
         try:
-            with h5py.File(path) as file:
+            with self.open(path) as file:
                 values = file[key][:]
         except (OSError, KeyError) as error:
             raise ValueError(f"{path}: expected HDF5 with {key!r}, got {reason(error)}") from error
@@ -107,6 +110,10 @@ class Pictures:
             self.lists = {"train": [name for name in names if name not in set(test)], "test": test}
         if not self.lists["train"] or not self.lists["test"]:
             raise ValueError(f"{root}: expected images as {images}, got {sum(map(len, self.lists.values()))}")
+        stems: dict[str, str] = {}
+        for name in (*self.lists["train"], *self.lists["test"]):
+            if stems.setdefault(stem(name), name) != name:
+                raise ValueError(f"{root}: expected file names that differ, got {stems[stem(name)]} and {name}")
 
     def read_image(self, name: str) -> Tensor:
         """[3, H, W] float32 in [0, 1]."""
@@ -256,7 +263,11 @@ def check(collection: Collection, labeller: Labeller, names: Sequence[str]) -> d
     broken = {}
     for name in tqdm(names, desc="checking files", unit="image", leave=False, disable=None):
         try:
-            height, width = collection.read_image(name).shape[1:]
+            image = collection.read_image(name)
+            height, width = image.shape[1:]
+            if not (image.min() >= 0 and image.max() <= 1):  # nor NaN
+                lowest, highest = image.aminmax()
+                raise ValueError(f"{name}: expected an image in [0, 1], got {lowest:g} to {highest:g}")
             labels = labeller(name, height, width)
             if labels.shape != (height, width):
                 found = f"{labels.shape[1]} x {labels.shape[0]}"

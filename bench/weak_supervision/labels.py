@@ -84,9 +84,8 @@ def read_clicks(paths: Iterable[Path], class_names: Sequence[str]) -> dict[str, 
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: expected clicks as JSON, got {reason(error)}") from error
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}: expected image names with lists of x, y and cls, got {type(error).__name__}: {error}"
-            ) from error
+            found = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path}: expected image names with lists of x, y and cls, got {found}") from error
     return clicks
 
 
