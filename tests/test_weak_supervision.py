@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -27,6 +27,16 @@ from bench.weak_supervision.train import Trainer, train
 
 ROOT = Path(__file__).parents[1]
 NETWORK = "tests.test_weak_supervision:stride_two"
+# what torchrun tells its processes, without the time that it takes to start them
+FORK = """
+import os
+import torch._dynamo  # of the optimisers, once for both
+from bench.weak_supervision.__main__ import main
+child = os.fork()
+os.environ["RANK"] = "0" if child else "1"
+main()
+raise SystemExit(child and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
 NOISELESS = "tests.test_weak_supervision:without_noise"
 
 
@@ -39,6 +49,16 @@ def stride_two(classes: int) -> nn.Module:
 
 def without_noise(classes: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, classes, 1))
+
+
+class Named(nn.Conv2d):
+    """Returns a dictionary, as torchvision's networks do."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(3, classes, 1)
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"out": super().forward(image)}
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +74,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def acdc(tmp_path: Path) -> Path:
     """Five training patients and two for testing, two slices each, of different sizes."""
+    h5py = pytest.importorskip("h5py")
     random = np.random.default_rng(0)
     (tmp_path / "acdc" / "slices").mkdir(parents=True)
     for split, patients in (("train", range(1, 6)), ("test", range(6, 8))):
@@ -137,21 +158,48 @@ def test_a_checkpoint_of_other_settings_is_refused(acdc: Path, tmp_path: Path) -
     run(small("acdc", acdc), tmp_path / "run")
     with pytest.raises(ValueError, match=r"checkpoint.pt: expected weight=0.5, got a checkpoint of weight=0.03"):
         run(small("acdc", acdc, weight=0.5), tmp_path / "run")
+    trainer = Trainer(small("acdc", acdc), 4)
+    trainer.processes = 2
+    with pytest.raises(ValueError, match=r"checkpoint.pt: expected 2 processes, got a checkpoint of 1"):
+        trainer.load(tmp_path / "run" / "checkpoint.pt")
+
+
+def test_labelled_pixels_weigh_the_same_however_many_parts(acdc: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (4, 24, 24), generator=random, dtype=torch.uint8)
+    labels[:2, 1:] = 255  # a few in the first part
+    batch = torch.rand(4, 1, 24, 24, generator=random), labels, torch.ones(4, 24, 24, dtype=torch.bool)
+    changes = {"network": NOISELESS, "delay": 0.0, "optimizer": "sgd", "gates": "source"}
+    found = []
+    for accumulate in (1, 2, 4):
+        trainer = Trainer(small("acdc", acdc, accumulate=accumulate, **changes), 4)
+        trainer.step(batch)
+        found.append(torch.cat([parameter.flatten() for parameter in trainer.network.parameters()]))
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+
+
+def test_evaluations_are_spread_over_the_steps(acdc: Path, tmp_path: Path) -> None:
+    result = run(small("acdc", acdc, evaluations=3), tmp_path / "run")
+    assert [point["step"] for point in result.curve] == [3, 6, 8]
 
 
 def test_two_processes_train_as_one(acdc: Path, tmp_path: Path) -> None:
-    # dense labels, no void and crops inside the image: the mean over the parts is the mean over the batch
-    changes = ["--labels", "dense", "--loss", "pce", "--crop", "24", "--smallest", "1", "--largest", "1.2"]
-    changes += ["--steps", "4", "--checkpoint-every", "3", "--evaluations", "1", "--network", NOISELESS]
+    # crops inside the image: the Gated CRF loss of every part counts as many pixels
+    changes = ["--gates", "source", "--crop", "24", "--smallest", "1", "--largest", "1.2", "--delay", "0"]
+    changes += ["--steps", "3", "--checkpoint-every", "2", "--evaluations", "1", "--network", NOISELESS]
     arguments = ["--data", "acdc", "--root", str(acdc), *changes]
     command.main([*arguments, "--out", str(tmp_path / "one")])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     ended = subprocess.run(
-        [*torchrun, "-m", "bench.weak_supervision", *arguments, "--out", str(tmp_path / "two")],
+        [sys.executable, "-c", FORK, *arguments, "--out", str(tmp_path / "two")],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | address | {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert ended.returncode == 0, ended.stderr
     one, two = (torch.load(tmp_path / run / "checkpoint.pt", weights_only=True) for run in ("one", "two"))
@@ -212,7 +260,15 @@ def test_the_loss_starts_late_and_rises() -> None:
         ({"loss_stride": "half"}, "loss_stride: expected native, full or a number"),
         ({"network": "resnet"}, "network: expected unet, lite0, lite0-full or module:function, got 'resnet'"),
         ({"network": "json:nothing"}, "network: expected a callable json:nothing"),
+        (
+            {"network": "tests.test_weak_supervision:Named"},
+            "expected it to return logits [N, C, h, w], got dict",
+        ),
         ({"batch": 3, "accumulate": 2}, "batch: expected a multiple of 2"),
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"evaluations": 0}, "evaluations: expected at least 1, got 0"),
+        ({"keep": 1.5}, "keep: expected 0 to 1, got 1.5"),
+        ({"smallest": 2}, "smallest: expected at most largest=1.25, got 2.0"),
         ({"root": ""}, "root: expected the folder of the data, got none"),
         ({"root": "/nowhere"}, "train.txt: expected a list of names, got No such file"),
     ],
@@ -223,6 +279,22 @@ def test_refusals_are_one_line(acdc: Path, tmp_path: Path, changes: dict[str, ob
     with pytest.raises(SystemExit) as ended:
         command.main(["--data", "acdc", "--out", str(tmp_path / "out"), *arguments])
     assert message in str(ended.value) and "\n" not in str(ended.value)
+
+
+def test_acdc_needs_h5py(acdc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(SystemExit, match=r"^error: data: expected h5py for acdc, got none: pip install h5py$"):
+        command.main(["--root", str(acdc), "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(("value", "found"), [(float("nan"), "nan to nan"), (200.0, "200 to 200")])
+def test_images_are_in_0_1_as_sigma_is(acdc: Path, tmp_path: Path, value: float, found: str) -> None:
+    import h5py
+
+    with h5py.File(next((acdc / "slices").glob("patient003*")), "a") as file:
+        file["image"][...] = value
+    with pytest.raises(ValueError, match=rf"patient003.*: expected an image in \[0, 1\], got {found}"):
+        run(small("acdc", acdc), tmp_path)
 
 
 def test_scores_of_a_known_mistake() -> None:
@@ -283,10 +355,15 @@ def test_experiment(
     assert "+-" in printed and "gap closed" in printed and "clicks: partial CE + Gated CRF" in printed
 
     monkeypatch.setattr(experiment, "train", None)  # everything is there: nothing is trained again
+    monkeypatch.setattr(experiment, "draw_curves", lambda *_: None)
+    monkeypatch.setattr(experiment, "draw_panel", lambda *_: None)
     experiment.main([*arguments, "--seeds", "2"])
-    others = experiment.plans("acdc", str(acdc), *experiment.parse_arguments([*arguments, "--weight", "0.5"]))
-    done = (tmp_path / "out" / "acdc.csv").read_text()
-    assert [training.name in done for training in others[:3]] == [True, False, True]  # only the loss has a weight
+    capsys.readouterr()
+    changes = ["--weight", "0.5", "--report"]
+    experiment.main([*arguments, *changes])  # only the loss has a weight
+    assert "Gated CRF  " not in (printed := capsys.readouterr().out) and "dense CE" in printed
+    names = [p.name for p in experiment.plans("acdc", "", *experiment.parse_arguments([*arguments, *changes]))]
+    assert names[:3] == ["acdc-scribbles-pce-0", "acdc-scribbles-gcrf-weight=0.5-0", "acdc-dense-pce-0"]
     with pytest.raises(SystemExit, match=r"acdc.csv: expected acdc-scribbles-pce-0 with steps=9, got 2"):
         experiment.main([*arguments, "--steps", "9"])
 

@@ -51,7 +51,7 @@ SWEEPS: dict[str, tuple[str, tuple]] = {
 }
 CHANGES_MASS = ("radius", "sigma", "resolution")  # swept with and without normalisation
 NOT_RECORDED = ("root", "labels_from")  # places on one machine
-LABEL_SETTINGS = ("thickness", "keep", "label_seed")
+LABEL_SETTINGS = ("thickness", "keep", "label_seed")  # mean nothing to dense labels
 # these mean nothing to partial cross entropy alone
 LOSS_SETTINGS = ("weight", "normalise", "delay", "ramp", "kernels", "sigma", "xy", "radius", "loss_stride", "gates")
 DECIDED_HERE = ("data", "root", "labels", "loss", "seed", "evaluate_on")
@@ -145,9 +145,16 @@ def sweep_plans(base: Settings, sweep: str) -> list[Plan]:
 def plan(base: Settings, **changes: object) -> Plan:
     """A training named after what differs from the preset, so that sweeps and tables share those that are the same."""
     settings = dataclasses.replace(base, **changes)
-    usual, told = preset(settings.data), LABEL_SETTINGS + (LOSS_SETTINGS if settings.loss == "gcrf" else ())
+    usual = preset(settings.data)
+    meaningless = LOSS_SETTINGS if settings.loss == "pce" else ()
+    meaningless += LABEL_SETTINGS if settings.labels == "dense" else ()
+    settings = dataclasses.replace(settings, **{name: getattr(usual, name) for name in meaningless})
     parts = [settings.data, settings.labels, settings.loss]
-    parts += [f"{name}={getattr(settings, name)}" for name in told if getattr(settings, name) != getattr(usual, name)]
+    parts += [
+        f"{name}={getattr(settings, name)}"
+        for name in LABEL_SETTINGS + LOSS_SETTINGS
+        if getattr(settings, name) != getattr(usual, name)
+    ]
     if settings.evaluate_on != "test":
         parts.append(settings.evaluate_on)
     return Plan("-".join([*parts, str(settings.seed)]), settings)
@@ -217,9 +224,10 @@ def row_of(training: Plan, result: Result) -> dict[str, object]:
 def refuse_changes(training: Plan, row: dict[str, str], table: Path) -> None:
     """Raise ValueError unless a row has the settings that are asked for."""
     for name, value in asdict(training.settings).items():
-        if name not in NOT_RECORDED and row[name] != str(value):
+        if name not in NOT_RECORDED and row.get(name) != str(value):
+            found = row.get(name, "no such column")
             raise ValueError(
-                f"{table}: expected {training.name} with {name}={value}, got {row[name]}; choose another --out"
+                f"{table}: expected {training.name} with {name}={value}, got {found}; choose another --out"
             )
 
 
@@ -239,11 +247,11 @@ def read_rows(table: Path) -> list[dict[str, str]]:
 
 
 def append_row(table: Path, row: dict[str, object]) -> None:
-    """One more line."""
-    new = not table.exists()
+    """One more line, under the columns that are there."""
+    rows = read_rows(table)
     with table.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if new:
+        writer = csv.DictWriter(file, list((rows or [row])[0]))
+        if not rows:
             writer.writeheader()
         writer.writerow(row)
 

@@ -23,6 +23,9 @@ def losses_of(
     dtype = torch.float32 if settings.amp == "none" else getattr(torch, settings.amp)
     with torch.autocast(image.device.type, dtype, enabled=settings.amp != "none"):
         logits = network(as_input(image))
+    if not isinstance(logits, Tensor) or logits.ndim != 4:
+        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"network: expected it to return logits [N, C, h, w], got {found}")
     logits = logits.float().contiguous()
     enlarged = logits
     if logits.shape[2:] != labels.shape[1:]:

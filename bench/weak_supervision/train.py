@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import statistics
 import time
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .data import Data, stem
+from .labels import UNLABELLED
 from .losses import as_input, losses_of, ramp, time_loss
 from .networks import build_network
 from .samples import Batches, TrainingSet, shorten
@@ -28,6 +30,7 @@ from .settings import Settings
 
 PICTURES_KEPT = 6  # predictions saved for a panel
 CHECKPOINT = "checkpoint.pt"
+WAIT = datetime.timedelta(days=1)
 
 
 @dataclass
@@ -59,8 +62,7 @@ class Trainer:
         self.rank, self.processes = world()
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(self.device)
+            self.device = torch.device("cuda", torch.cuda.current_device())
         parts = settings.accumulate * self.processes
         if settings.batch % parts:
             raise ValueError(f"batch: expected a multiple of {parts} (processes, parts), got {settings.batch}")
@@ -78,7 +80,8 @@ class Trainer:
     def step(self, batch: tuple[Tensor, ...]) -> list[Tensor]:
         """One step of the optimiser on images [N, F, H, W], labels and validity [N, H, W].
 
-        Returns the last part of the batch with its logits, to time the loss on.
+        However many parts and processes share the batch, its labelled pixels weigh the same; the Gated CRF loss is the
+        mean over the parts. Returns the last part of the batch with its logits, to time the loss on.
         """
         start = time.perf_counter()
         settings, progress = self.settings, self.progress
@@ -86,8 +89,10 @@ class Trainer:
         weight = settings.weight * ramp(progress.step / settings.steps, settings)
         self.network.train()
         sums = [0.0, 0.0]
-        for part in zip(*(tensor.to(self.device).chunk(settings.accumulate) for tensor in batch), strict=True):
+        parts = list(zip(*(tensor.to(self.device).chunk(settings.accumulate) for tensor in batch), strict=True))
+        for share, part in zip(self.shares([labels for _, labels, _ in parts]), parts, strict=True):
             partial, gated, logits = losses_of(self.parallel, *part, weight, settings)
+            partial = share * partial
             self.scaler.scale((partial + weight * gated) / settings.accumulate).backward()
             sums = [sums[0] + partial.item(), sums[1] + gated.item()]
         self.scaler.step(self.optimizer)
@@ -97,6 +102,15 @@ class Trainer:
         progress.recent.append((sums[0] / settings.accumulate, sums[1] / settings.accumulate))
         progress.seconds.append(time.perf_counter() - start)
         return [logits.detach(), *part]
+
+    def shares(self, parts: list[Tensor]) -> Tensor:
+        """The labelled pixels of each part, over the mean of all parts of all processes."""
+        labelled = torch.stack([(labels != UNLABELLED).sum() for labels in parts]).float()
+        mean = labelled.mean()
+        if self.processes > 1:
+            distributed.all_reduce(mean)
+            mean /= self.processes
+        return labelled / mean.where(mean > 0, 1.0)
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, whole or not at all. Order and augmentation of samples follow from the step."""
@@ -120,6 +134,8 @@ class Trainer:
         for name, wanted in asdict(self.settings).items():
             if (found := state["settings"].get(name)) != wanted:
                 raise ValueError(f"{path}: expected {name}={wanted!r}, got a checkpoint of {name}={found!r}")
+        if (found := len(state["random"])) != self.processes:
+            raise ValueError(f"{path}: expected {self.processes} processes, got a checkpoint of {found}")
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.progress = Progress(**state["progress"])
@@ -165,7 +181,7 @@ def train(settings: Settings, data: Data, out: Path) -> Result | None:
             bar.set_postfix(pce=f"{pce:.3f}", gcrf=f"{gcrf:.3f}", refresh=False)
             log(progress.step, pce=pce, gcrf=gcrf)
             ended = progress.step == settings.steps
-            if ended or progress.step % max(settings.steps // settings.evaluations, 1) == 0:
+            if progress.step * settings.evaluations % settings.steps < settings.evaluations:  # the last step is one
                 if rank == 0:
                     scores = evaluate(trainer.network, data, settings).summary()
                     log(progress.step, **scores)
@@ -208,7 +224,7 @@ def predict(network: nn.Module, data: Data, settings: Settings, names: list[str]
 
 
 def make_optimizer(settings: Settings, network: nn.Module) -> torch.optim.Optimizer:
-    """Adam, or stochastic gradient descent with momentum."""
+    """Adam with decoupled weight decay, or stochastic gradient descent with momentum."""
     rate, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "sgd":
         return torch.optim.SGD(network.parameters(), rate, momentum=0.9, weight_decay=decay)
@@ -218,8 +234,11 @@ def make_optimizer(settings: Settings, network: nn.Module) -> torch.optim.Optimi
 def world() -> tuple[int, int]:
     """Rank and number of processes; joins the group that `torchrun` announces."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # before NCCL picks one
     if processes > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # the others wait while the first makes labels, checks and scores
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=WAIT)
     return int(os.environ.get("RANK", 0)), processes
 
 
