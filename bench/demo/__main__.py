@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from gcrf_triton import gated_crf_loss, partial_cross_entropy
 
+from ..weak_supervision.networks import UNet
 from .example import Example, fail, labelled_share, mean_iou, read_example, reduce_example, score, voc_example
 from .report import Run, draw_curves, draw_panel, print_table, save_mask, write_csv
 
@@ -115,44 +116,24 @@ def prepare_folder(folder: Path) -> None:
         fail(f"{folder}: expected a folder to write to, got {error.strerror}")
 
 
-class UNet(nn.Module):
+class CoordinateUNet(UNet):
     """A small U-Net: logits [N, C, H, W] from RGB and normalised coordinates."""
 
     def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.down = nn.ModuleList(map(convolutions, (5, *WIDTHS[:-1]), WIDTHS))
-        joined = [deep + shallow for deep, shallow in zip(WIDTHS[:0:-1], WIDTHS[-2::-1], strict=True)]
-        self.up = nn.ModuleList(map(convolutions, joined, WIDTHS[-2::-1]))
-        self.classify = nn.Conv2d(WIDTHS[0], classes, 1)
+        super().__init__(classes, inputs=5, widths=WIDTHS)
 
     def forward(self, image: Tensor) -> Tensor:
         n, _, height, width = image.shape
         y = torch.linspace(-1, 1, height)[:, None].expand(n, 1, height, width)
         x = torch.linspace(-1, 1, width).expand(n, 1, height, width)
-        features = self.down[0](torch.cat([2 * image - 1, x, y], dim=1))
-        skipped = []
-        for block in self.down[1:]:
-            skipped.append(features)
-            features = block(F.max_pool2d(features, 2))
-        for block in self.up:
-            skip = skipped.pop()
-            features = block(torch.cat([F.interpolate(features, skip.shape[2:], mode="bilinear"), skip], dim=1))
-        return self.classify(features)
-
-
-def convolutions(inputs: int, outputs: int) -> nn.Sequential:
-    """Two batch-normalised 3 x 3 convolutions."""
-    layers: list[nn.Module] = []
-    for channels in (inputs, outputs):
-        layers += [nn.Conv2d(channels, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-    return nn.Sequential(*layers)
+        return super().forward(torch.cat([2 * image - 1, x, y], dim=1))
 
 
 def train(example: Example, image: Tensor, labels: Tensor, method: str, seed: int, options: argparse.Namespace) -> Run:
     """Train one network by one method and score it."""
     kernel = METHODS[method]
     torch.manual_seed(seed)
-    network = UNet(len(example.class_names))
+    network = CoordinateUNet(len(example.class_names))
     optimizer = torch.optim.Adam(network.parameters(), LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, options.steps, power=0.9)
     losses, curve, seconds = [], [], []
@@ -179,7 +160,7 @@ def train(example: Example, image: Tensor, labels: Tensor, method: str, seed: in
     return Run(method, seed, kernel, mask, iou, boundary_iou, losses, curve, seconds_per_step, share, memory)
 
 
-def predict(network: UNet, image: Tensor, example: Example) -> np.ndarray:
+def predict(network: nn.Module, image: Tensor, example: Example) -> np.ndarray:
     """The most likely class of every pixel of the photograph, [H, W] uint8."""
     network.eval()
     with torch.no_grad():

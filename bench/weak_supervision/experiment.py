@@ -1,0 +1,252 @@
+"""The experiment: partial cross entropy, the same with the Gated CRF loss, and dense labels, over kinds and seeds.
+
+    python -m bench.weak_supervision.experiment --acdc ACDC --msrc MSRC_v2 [--quick]
+    python -m bench.weak_supervision.experiment --acdc ACDC --sweep weight
+    python -m bench.weak_supervision.experiment --voc VOC2012 --kinds clicks --labels-from objects.json,background.json
+
+Every training is a row of `acdc.csv`, `msrc.csv`, ... in the folder --out. Killed and started again, the command skips
+the rows that are there and goes on from the checkpoint of the training that was cut. The table is scored on the test
+list; sweeps, which choose settings, on training patients or images held apart. Any setting of
+`python -m bench.weak_supervision` can be given for all trainings alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import datetime
+import json
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import gcrf_triton
+
+from ..run import processor, revision
+from .data import open_collection, open_data
+from .report import draw_curves, draw_panel, draw_sweep, print_table
+from .settings import GATES, Settings, add_options, preset
+from .train import Result, train
+
+KINDS = {"acdc": ["scribbles"], "msrc": ["clicks", "scribbles"], "voc": ["clicks"], "folder": ["clicks"]}
+QUICK = {"acdc": 200, "msrc": 120, "voc": 120, "folder": 120}  # steps
+MASS = {"acdc": 66.0, "msrc": 38.0}  # of the presets' kernels: a weight times this is the one of --normalise mass
+NATIVE = {"acdc": "full", "msrc": "4"}  # the stride of the presets' networks
+SWEEPS: dict[str, tuple[str, tuple]] = {
+    "weight": ("weight", (0.1, 0.3, 1, 3, 10)),  # times the preset's
+    "radius": ("radius", (2, 3, 5, 8)),
+    "sigma": ("sigma", (0.03, 0.06, 0.1, 0.2)),
+    "kernels": ("kernels", ("rgb+xy", "xy", "rgb", "rgb+xy,xy")),
+    "resolution": ("loss_stride", ("full", "2", "4", "8")),
+    "gates": ("gates", GATES),
+    "delay": ("delay", (0.0, 0.05, 0.2, 0.5)),
+    "labels": ("keep", (0.25, 0.5, 1.0)),
+    "thickness": ("thickness", (1.0, 3.0, 5.0)),
+}
+CHANGES_MASS = ("radius", "sigma", "resolution")  # swept with and without normalisation
+NOT_RECORDED = ("root", "labels_from")  # places on one machine
+LABEL_SETTINGS = ("thickness", "keep", "label_seed")  # mean nothing to dense labels
+# these mean nothing to partial cross entropy alone
+LOSS_SETTINGS = ("weight", "normalise", "delay", "ramp", "kernels", "sigma", "xy", "radius", "loss_stride", "gates")
+DECIDED_HERE = ("data", "root", "labels", "loss", "seed", "evaluate_on")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One training of the experiment."""
+
+    name: str
+    settings: Settings
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is missing; print tables and draw curves, panels and sweeps."""
+    options, changes = parse_arguments(arguments)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        for data in KINDS:
+            if root := getattr(options, data):
+                run_all(data, plans(data, root, options, changes), options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, object]]:
+    """The command line, and the settings that it changes."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.weak_supervision.experiment",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--acdc", default="", metavar="FOLDER", help="slices of ACDC, as WSL4MIS cuts them")
+    parser.add_argument("--msrc", default="", metavar="FOLDER", help="MSRC-v2 in the layout of PASCAL VOC")
+    parser.add_argument("--voc", default="", metavar="FOLDER", help="PASCAL VOC 2012 with the masks of SBD")
+    parser.add_argument("--folder", default="", metavar="FOLDER", help="images and palette masks of your own")
+    parser.add_argument("--kinds", nargs="+", choices=("clicks", "scribbles"), help="of labels (what the data has)")
+    parser.add_argument("--out", type=Path, default=Path("weak-supervision-output"), help="folder (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=None, help="how many (3, of sweeps and --quick 1)")
+    parser.add_argument("--quick", action="store_true", help="the table with too few steps, in minutes")
+    parser.add_argument("--sweep", choices=SWEEPS, help="values of one setting, instead of the table")
+    parser.add_argument("--report", action="store_true", help="train nothing; tables and pictures of what is there")
+    parser.add_argument("--on-broken", choices=("stop", "skip"), default="stop", help="at unusable files (%(default)s)")
+    free = [entry.name for entry in dataclasses.fields(Settings) if entry.name not in DECIDED_HERE]
+    add_options(parser, free)
+    options = parser.parse_args(arguments)
+    if not any(getattr(options, data) for data in KINDS):
+        parser.error("expected the folder of at least one data set")
+    if options.seeds is None:
+        options.seeds = 1 if options.quick or options.sweep else 3
+    return options, {name: value for name, value in vars(options).items() if name in free}
+
+
+def plans(data: str, root: str, options: argparse.Namespace, changes: dict[str, object]) -> list[Plan]:
+    """Every training of the table, or of a sweep, seed by seed."""
+    if options.quick:
+        changes = {"steps": QUICK[data], "evaluations": 1} | changes
+    kinds = options.kinds or KINDS[data]
+    found = []
+    for seed in range(options.seeds):
+        base = preset(data, **{"root": root, "seed": seed} | changes)
+        if options.sweep:
+            found += sweep_plans(dataclasses.replace(base, labels=kinds[0]), options.sweep)
+            continue
+        for kind in kinds[:1] if options.quick else kinds:
+            found += [plan(base, labels=kind, loss=loss) for loss in ("pce", "gcrf")]
+            if kind == kinds[0]:
+                found.append(plan(base, labels="dense", loss="pce"))
+    return found
+
+
+def sweep_plans(base: Settings, sweep: str) -> list[Plan]:
+    """One seed of a sweep, scored on what is held apart, with partial cross entropy alone to compare with."""
+    base = dataclasses.replace(base, evaluate_on="held-out")
+    name, values = SWEEPS[sweep]
+    found = [] if sweep in ("labels", "thickness") else [plan(base, loss="pce")]
+    for value in values:
+        if sweep == "weight":
+            value = round(value * base.weight, 6)
+        elif sweep == "resolution" and value == NATIVE.get(base.data):
+            value = "native"
+        found.append(plan(base, loss="gcrf", **{name: value}))
+        if sweep in CHANGES_MASS and base.data in MASS:
+            weight = round(base.weight * MASS[base.data], 6)
+            found.append(plan(base, loss="gcrf", normalise="mass", weight=weight, **{name: value}))
+        if sweep in ("labels", "thickness"):
+            found.append(plan(base, loss="pce", **{name: value}))
+    return found
+
+
+def plan(base: Settings, **changes: object) -> Plan:
+    """A training named after what differs from the preset, so that sweeps and tables share those that are the same."""
+    settings = dataclasses.replace(base, **changes)
+    usual = preset(settings.data)
+    meaningless = LOSS_SETTINGS if settings.loss == "pce" else ()
+    meaningless += LABEL_SETTINGS if settings.labels == "dense" else ()
+    settings = dataclasses.replace(settings, **{name: getattr(usual, name) for name in meaningless})
+    parts = [settings.data, settings.labels, settings.loss]
+    parts += [
+        f"{name}={getattr(settings, name)}"
+        for name in LABEL_SETTINGS + LOSS_SETTINGS
+        if getattr(settings, name) != getattr(usual, name)
+    ]
+    if settings.evaluate_on != "test":
+        parts.append(settings.evaluate_on)
+    return Plan("-".join([*parts, str(settings.seed)]), settings)
+
+
+def run_all(data: str, wanted: list[Plan], options: argparse.Namespace) -> None:
+    """Train what has no row yet, one after the other."""
+    table = options.out / f"{data}.csv"
+    for training in wanted:
+        rows = {row["run"]: row for row in read_rows(table)}
+        if training.name in rows:
+            refuse_changes(training, rows[training.name], table)
+            continue
+        if options.report:
+            continue
+        folder = options.out / training.name
+        folder.mkdir(parents=True, exist_ok=True)
+        data_read = open_data(training.settings, options.out / "labels", options.on_broken)
+        result = train(training.settings, data_read, folder)
+        (folder / "curve.json").write_text(json.dumps(result.curve))
+        append_row(table, row_of(training, result))
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        tqdm.write(f"{training.name}: " + ", ".join(f"{name} {result.scores[name]:.3f}" for name in ("dice", "miou")))
+    report(data, wanted, read_rows(table), options)
+
+
+def report(data: str, wanted: list[Plan], rows: list[dict[str, str]], options: argparse.Namespace) -> None:
+    """The table with curves and panel, or the plot of a sweep, of the trainings that are done."""
+    done = {row["run"]: row for row in rows}
+    rows = [done[training.name] for training in wanted if training.name in done]
+    if not rows:
+        return
+    metric = "dice" if data == "acdc" else "miou"
+    if options.sweep:
+        draw_sweep(rows, SWEEPS[options.sweep][0], metric, options.out / f"{data}-{options.sweep}.png")
+        return
+    print_table(rows, metric)
+    draw_curves(rows, metric, options.out, options.out / f"{data}-curves.png")
+    draw_panel(open_collection(wanted[0].settings), rows, options.out, options.out / f"{data}-panel.png")
+
+
+def row_of(training: Plan, result: Result) -> dict[str, object]:
+    """Scores, costs, every setting and what it ran with."""
+    settings = {name: value for name, value in asdict(training.settings).items() if name not in NOT_RECORDED}
+    scores = {name: value for name, value in result.scores.items() if name not in ("step", "pce", "gcrf")}
+    return (
+        {"run": training.name}
+        | scores
+        | {
+            "seconds_per_step": round(result.seconds_per_step, 4),
+            "loss_share": round(result.loss_share, 4),
+            "kernel_mass": round(result.kernel_mass, 2),
+        }
+        | settings
+        | {
+            "date_utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "gcrf_triton": gcrf_triton.__version__,
+            "revision": revision(),
+        }
+    )
+
+
+def refuse_changes(training: Plan, row: dict[str, str], table: Path) -> None:
+    """Raise ValueError unless a row has the settings that are asked for."""
+    for name, value in asdict(training.settings).items():
+        if name not in NOT_RECORDED and row.get(name) != str(value):
+            found = row.get(name, "no such column")
+            raise ValueError(
+                f"{table}: expected {training.name} with {name}={value}, got {found}; choose another --out"
+            )
+
+
+def read_rows(table: Path) -> list[dict[str, str]]:
+    """What is done already."""
+    if not table.exists():
+        return []
+    with table.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append_row(table: Path, row: dict[str, object]) -> None:
+    """One more line, under the columns that are there."""
+    rows = read_rows(table)
+    with table.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list((rows or [row])[0]))
+        if not rows:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""What the experiment shows: tables, learning curves, sweeps and panels of predictions."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import imgviz
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from .data import Collection, Slices, seeded, stem
+from .labels import UNLABELLED, draw, make_clicks, make_scribbles
+from .scores import BAND
+
+METHODS = {"pce": "partial CE", "gcrf": "partial CE + Gated CRF"}
+Row = dict[str, str]
+
+
+def method(row: Row) -> str:
+    """What a row is called in tables and pictures."""
+    return "dense CE" if row["labels"] == "dense" else f"{row['labels']}: {METHODS[row['loss']]}"
+
+
+def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of the same method, dense supervision last."""
+    names = sorted(dict.fromkeys(map(method, rows)), key=lambda name: name == "dense CE")
+    return {name: [row for row in rows if method(row) == name] for name in names}
+
+
+def scores_of(rows: Sequence[Row], metric: str) -> list[float]:
+    """In per cent."""
+    return [100 * float(row[metric]) for row in rows]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation."""
+    return f"{statistics.mean(values):.1f}" + (f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def print_table(rows: Sequence[Row], metric: str) -> None:
+    """One line a method; the share of the gap is that between partial CE and dense CE of the same seeds."""
+    methods = by_method(rows)
+    print(f"\n{rows[0]['data']}, {rows[0]['steps']} steps, scored on {rows[0]['evaluate_on']}")
+    titles = (
+        f"{metric + ' %':>14}{'boundary mIoU %':>18}{'gap closed':>12}{'s / step':>10}{'loss share':>12}{'runs':>6}"
+    )
+    print(f"{'':36}{titles}")
+    for name, mine in methods.items():
+        seconds, share = (
+            statistics.mean(float(row[column]) for row in mine) for column in ("seconds_per_step", "loss_share")
+        )
+        line = f"{name:36}{spread(scores_of(mine, metric)):>14}{spread(scores_of(mine, 'boundary_miou')):>18}"
+        print(f"{line}{gap_closed(mine, methods, metric):>12}{seconds:>10.3f}{share:>12.1%}{len(mine):>6}")
+    print(f"+-: standard deviation over seeds; boundary: within {BAND} pixels of one; s / step: median\n")
+
+
+def gap_closed(mine: Sequence[Row], methods: dict[str, list[Row]], metric: str) -> str:
+    """(with the loss - without) / (dense - without), of the means over the seeds that all three have."""
+    if mine[0]["loss"] != "gcrf":
+        return ""
+    without = methods.get(f"{mine[0]['labels']}: {METHODS['pce']}", [])
+    trio = [
+        {row["seed"]: float(row[metric]) for row in group} for group in (without, mine, methods.get("dense CE", []))
+    ]
+    seeds = set.intersection(*(set(group) for group in trio))
+    if not seeds:
+        return ""
+    low, middle, high = (statistics.mean(group[seed] for seed in seeds) for group in trio)
+    return f"{(middle - low) / (high - low):.0%}" if high > low else "no gap"
+
+
+def draw_curves(rows: Sequence[Row], metric: str, folder: Path, path: Path) -> None:
+    """Losses and scores over the steps, every seed a line."""
+    columns = {"pce": "partial cross entropy", "gcrf": "Gated CRF loss", metric: f"{metric}, %"}
+    figure = Figure((12, 3.6), dpi=110, layout="constrained")
+    axes = figure.subplots(1, len(columns))
+    for axis, (column, title) in zip(axes, columns.items(), strict=True):
+        axis.set(xlabel="step", title=title)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.3)
+        for number, (name, mine) in enumerate(by_method(rows).items()):
+            for row in mine:
+                curve = json.loads((folder / row["run"] / "curve.json").read_text())
+                values = [100 * point[column] if column == metric else point[column] for point in curve]
+                steps = [point["step"] for point in curve]
+                axis.plot(steps, values, color=f"C{number}", label=name if row is mine[0] else None)
+    axes[-1].legend(frameon=False)
+    figure.savefig(path)
+
+
+def draw_sweep(rows: Sequence[Row], column: str, metric: str, path: Path) -> None:
+    """Scores over the values of the setting that was swept, every seed a point, with a line through the means."""
+    values = list(dict.fromkeys(row[column] for row in rows if row["loss"] == "gcrf"))
+    figure = Figure((6, 4), dpi=110, layout="constrained")
+    axis = figure.subplots()
+    print()
+    for number, (loss, normalise) in enumerate(sorted({(row["loss"], row["normalise"]) for row in rows})):
+        mine = [row for row in rows if (row["loss"], row["normalise"]) == (loss, normalise)]
+        label = METHODS[loss] + (", over kernel mass" if normalise == "mass" else "")
+        scores = {value: scores_of([row for row in mine if row[column] == value], metric) for value in values}
+        if loss == "pce" and sum(map(bool, scores.values())) <= 1:  # the same whatever the value
+            scores = dict.fromkeys(values, scores_of(mine, metric))
+        means = [statistics.fmean(found or [math.nan]) for found in scores.values()]
+        axis.plot(range(len(values)), means, f"C{number}--" if loss == "pce" else f"C{number}", label=label)
+        for place, found in enumerate(scores.values()):
+            axis.plot([place] * len(found), found, f"C{number}o", ms=4)
+        print(f"{label:42}" + "".join(f"{value:>9}: {mean:4.1f}" for value, mean in zip(values, means, strict=True)))
+    axis.set_xticks(range(len(values)), values)
+    axis.set(xlabel=column.replace("_", " "), ylabel=f"{metric} on what is held apart, %")
+    axis.legend(frameon=False)
+    figure.savefig(path)
+
+
+def draw_panel(collection: Collection, rows: Sequence[Row], folder: Path, path: Path) -> None:
+    """A few test images, labels as in training, what every method makes of them with the first seed, and the truth.
+
+    Pictures of data that nobody may pass on stay where they are written.
+    """
+    first = {name: mine[0]["run"] for name, mine in by_method(rows).items()}
+    kept = [{file.stem for file in (folder / run / "predictions").glob("*.png")} for run in first.values()]
+    names = [name for name in collection.lists["test"] if stem(name) in set.intersection(*kept)]
+    if not names:
+        return
+    figure = Figure((2.2 * (len(first) + 3), 1.9 * len(names)), dpi=110, layout="constrained")
+    axes = figure.subplots(len(names), len(first) + 3, squeeze=False)
+    for number, (line, name) in enumerate(zip(axes, names, strict=True)):
+        image, truth = collection.read_image(name).expand(3, -1, -1), collection.read_mask(name)
+        photo = (255 * image.permute(1, 2, 0).numpy()).astype(np.uint8)
+        kind = rows[0]["labels"]
+        pictures = {"image": photo, kind: paint(photo, weak_labels(collection, name, kind, truth), opacity=1)}
+        for title, run in first.items():
+            with Image.open(folder / run / "predictions" / f"{stem(name)}.png") as prediction:
+                pictures[title] = paint(photo, np.array(prediction))
+        pictures["truth"] = paint(photo, truth)
+        for axis, (title, picture) in zip(line, pictures.items(), strict=True):
+            axis.imshow(picture)
+            axis.axis("off")
+            if number == 0:
+                axis.set_title(title.replace(": ", ":\n").replace(" + ", "\n+ "), fontsize=9)
+    figure.savefig(path)
+
+
+def weak_labels(collection: Collection, name: str, kind: str, truth: np.ndarray) -> np.ndarray:
+    """What a test image would be trained with, [H, W] uint8, drawn to be seen."""
+    if isinstance(collection, Slices) and kind == "scribbles":
+        return collection.read_scribbles(name, *truth.shape)
+    strokes = make_clicks(truth) if kind == "clicks" else make_scribbles(truth, seeded(0, name))
+    return draw(strokes, *truth.shape, thickness=7)
+
+
+def paint(photo: np.ndarray, labels: np.ndarray, opacity: float = 0.65) -> np.ndarray:
+    """Classes in VOC's colours over a photograph, [H, W, 3] uint8; unlabelled pixels stay."""
+    colours = np.where(labels == 0, 60, 0)[..., None] + imgviz.label_colormap()[labels]  # not black on black
+    mixed = ((1 - opacity) * photo + opacity * colours.clip(0, 255)).astype(np.uint8)
+    return np.where((labels == UNLABELLED)[..., None], photo, mixed)
