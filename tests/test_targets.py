@@ -34,7 +34,7 @@ def compiled(*cases):
 def assert_fits(rows):
     for row in rows:
         if row["kernel"] != "together":
-            assert fits(row), row
+            assert fits(row) and row["spilled_bytes"] == 0, row
 
 
 @pytest.fixture(scope="module")
