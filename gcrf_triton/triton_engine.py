@@ -22,6 +22,7 @@ WORKSPACE = 2**25  # bytes of packed records at a time: they stay in the cache o
 LARGEST_KERNEL = 14  # log2, as a half; halves end at 2^16
 LARGEST_SETS = 6
 CHANNELS = 3  # of a set of features
+RECENT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -38,11 +39,12 @@ def unavailable(device: torch.device) -> str | None:
 def fits(values: Tensor, columns: int, features: Sequence[Tensor], sigmas: Sequence[float]) -> bool:
     """Whether tiles do a problem: not in float64, with few enough columns and features for the registers.
 
-    Nor on Turing, for whose tensor cores Triton does not compile: without them offsets take fewer instructions.
+    Nor where Triton does not compile for the tensor cores: on Turing, where without them offsets take fewer
+    instructions, and before 3.9 on AMD's gfx11.
     """
     _, sets = _feature_slots(features, sigmas)
-    turing = device_and_arch(values.device)[1].startswith("sm_7")
-    return values.dtype != torch.float64 and not turing and columns <= LARGEST_COLUMNS and sum(sets) <= LARGEST_SETS
+    products = not device_and_arch(values.device)[1].startswith(("sm_7",) if RECENT else ("sm_7", "gfx11"))
+    return values.dtype != torch.float64 and products and columns <= LARGEST_COLUMNS and sum(sets) <= LARGEST_SETS
 
 
 def potts_energy(
