@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.cases import RGB_XY
 from gcrf_triton.tuning import Config, use_config
 
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
-RGB_XY = ({"weight": 1.0, "xy": 6.0, "rgb": 0.1},)
 # Which unit of an NVIDIA multiprocessor executes an instruction, by how its name begins. Integer multiply-adds and
 # halves share the FMA pipe with float32; comparisons, selections and conversions to halves go with integers. What is
 # not here (branches, constants, what a warp's threads have in common) is only issued.

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
+from bench.cases import RGB_XY
 from bench.machine_code import (
     KINDS,
-    RGB_XY,
     TARGETS,
     Code,
     Launch,

@@ -93,7 +93,7 @@ def test_a_sweep_varies_one_quantity(quantity, quick):
 @pytest.mark.parametrize("name", ["offsets", "torch-engine", "official"])
 def test_implementations_compute_the_same(name, kernels, shape):
     if name == "official":
-        pytest.importorskip("pymic")
+        pytest.importorskip("pymic", reason="needs pip install --no-deps pymic==0.6.2")
     case = cases.Case("", shape, kernels, radius=3, dtype="float64")
     inputs = implementations.make_inputs(case)
     exact = implementations.make_step("unfold", case, "forward+backward")(*inputs)
@@ -265,7 +265,7 @@ def test_triton_is_not_timed_on_a_cpu():
 
 
 def test_configurations_are_recorded():
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="Triton is not installed")
     inputs = implementations.make_inputs(TINY)
     with measure.recorded_configs() as configs:
         implementations.make_step("triton-engine", TINY, "forward")(*inputs)

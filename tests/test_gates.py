@@ -34,9 +34,10 @@ def test_closed_pixels_get_no_energy_as_destinations_and_no_gradient_under_both(
 
 
 @pytest.mark.parametrize("from_logits", [False, True])
+@pytest.mark.parametrize("under", ["features", "prediction", "both"])
 @pytest.mark.parametrize("gates", ["s", "d", "sd"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_what_is_under_a_closed_gate_never_leaks(poison, gates, from_logits):
+def test_what_is_under_a_closed_gate_never_leaks(poison, gates, under, from_logits):
     problem = make_problem((2, 3, 9, 8), gates=gates)
     closed = torch.zeros(2, 9, 8, dtype=torch.bool)
     closed[0, 3:5, 2:6] = True
@@ -45,8 +46,10 @@ def test_what_is_under_a_closed_gate_never_leaks(poison, gates, from_logits):
     problem.destination = gate if "d" in gates else None
     expected = make_problem((2, 3, 9, 8))
     expected.source, expected.destination = gate, gate  # the pixels are taken out altogether
-    problem.features["rgb"].masked_fill_(closed[:, None], poison)
-    problem.probabilities.masked_fill_(closed[:, None], poison)
+    if under != "prediction":
+        problem.features["rgb"].masked_fill_(closed[:, None], poison)
+    if under != "features":
+        problem.probabilities.masked_fill_(closed[:, None], poison)
     for reduction in ("mean", "none"):
         value, gradient = value_and_gradient(
             problem, lambda p, r=reduction: p.loss(reduction=r, from_logits=from_logits)
