@@ -18,8 +18,8 @@ from PIL import Image
 from torch import nn
 
 from bench.weak_supervision import __main__ as command
-from bench.weak_supervision import experiment, losses
-from bench.weak_supervision.data import open_data
+from bench.weak_supervision import boundaries, experiment, losses, report
+from bench.weak_supervision.data import Pictures, Slices, open_data
 from bench.weak_supervision.networks import build_network
 from bench.weak_supervision.scores import Scores
 from bench.weak_supervision.settings import Settings, preset
@@ -109,7 +109,7 @@ def msrc(tmp_path: Path) -> Path:
         mask[:, 14 + number :] = 1
         mask[:, 13 + number] = 255
         image = Image.fromarray(mask, "P")
-        image.putpalette([0, 0, 0, 128, 0, 0])
+        image.putpalette([0, 0, 0, 128, 0, 0] * 128)  # all 256, or PNG keeps one bit of 255
         image.save(root / "SegmentationClass" / f"{name}.png")
         Image.fromarray(np.where(mask == 1, 200, 40).astype(np.uint8)).save(root / "JPEGImages" / f"{name}.jpg")
     return root
@@ -215,8 +215,13 @@ def test_trains_to_something(acdc: Path, tmp_path: Path) -> None:
     )
     assert result.scores["dice"] > 0.8 and result.scores["miou"] > 0.7
     assert result.loss_share > 0 and result.kernel_mass > 1
-    with Image.open(next((tmp_path / "run" / "predictions").glob("*.png"))) as prediction:
-        assert prediction.size[0] == 36
+    shown = next((tmp_path / "run" / "predictions").glob("*.png"))
+    with Image.open(shown) as picture:
+        prediction = np.array(picture)
+    network = build_network("unet", 4)
+    network.load_state_dict(torch.load(tmp_path / "run" / "network.pt", weights_only=True))
+    image = Slices(acdc).read_image(f"{shown.stem}.h5").expand(1, 3, -1, -1)
+    assert (network.eval()(image)[0].argmax(0).numpy() == prediction).mean() > 0.99
 
 
 @pytest.mark.parametrize("stride", ["native", "full", "4"])
@@ -382,6 +387,51 @@ def test_sweep_is_scored_on_what_is_held_apart(acdc: Path, msrc: Path, tmp_path:
     radius = experiment.plans("acdc", str(acdc), *experiment.parse_arguments([*arguments, "--sweep", "radius"]))
     assert len({training.name for training in radius}) == 9
     assert len({training.name for training in radius} & {row["run"] for row in rows}) == 3  # trained once for both
+
+
+def test_transfer_trains_every_weight_with_every_kernel_and_grid(
+    acdc: Path, msrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*experiment_arguments(acdc, msrc, tmp_path / "out"), "--sweep", "transfer"]
+    names = [p.name for p in experiment.plans("msrc", str(msrc), *experiment.parse_arguments(arguments))]
+    assert len(names) == len(set(names)) == 2 + 6 * 6  # stride 4 is the network's own
+    assert names[1] == "msrc-dense-pce-held-out-0" and "msrc-clicks-gcrf-weight=0.1-sigma=0.3-held-out-0" in names
+    monkeypatch.setattr(experiment, "TRANSFER_WEIGHTS", (1, 10))
+    monkeypatch.setattr(experiment, "TRANSFER_CHANGES", ({}, {"radius": 2}))
+    experiment.main([*arguments[:2], *arguments[4:]])
+    printed = capsys.readouterr().out
+    assert "weight x kernel mass   explains" in printed and "over 4 trainings" in printed
+    assert (tmp_path / "out" / "acdc-transfer.png").exists()
+
+
+def test_variance_that_a_parabola_explains() -> None:
+    strengths = [0.01, 0.1, 1.0, 10.0]
+    assert report.variance_explained(strengths, [1.0, 4.0, 5.0, 4.0]) == pytest.approx(1)
+    assert report.variance_explained(strengths, [1.0, -3.0, 3.0, -1.0]) == pytest.approx(0)  # the cubic part alone
+    assert np.isnan(report.variance_explained(strengths[:3], [1.0, 2.0, 0.0]))
+
+
+def test_share_of_a_kernel_that_crosses_boundaries(msrc: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    collection = Pictures(msrc, *(getattr(preset("msrc"), name) for name in ("images", "masks")), ["a", "b"], "", "")
+    settings = preset("msrc", loss_stride="full", radius=2, xy=1e6, kernels="xy")
+    mass, crossing = boundaries.crossing_share(collection, ["photo_0"], settings)
+    mask = collection.read_mask("photo_0")
+    known, pairs, crossed = mask != 255, 0, 0
+    for down in range(-2, 3):
+        for right in range(-2, 3):
+            if down or right:
+                rows, columns = slice(max(down, 0), 36 + min(down, 0)), slice(max(right, 0), 48 + min(right, 0))
+                there = slice(rows.start - down, rows.stop - down), slice(columns.start - right, columns.stop - right)
+                both = known[rows, columns] & known[there]
+                pairs += both.sum()
+                crossed += (both & (mask[rows, columns] != mask[there])).sum()
+    assert mass == pytest.approx(pairs / known.sum(), rel=1e-5) and crossing == pytest.approx(crossed / pairs, rel=1e-5)
+    boundaries.main(["--data", "msrc", "--root", str(msrc)])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    shares = [float(line.split()[-1].removesuffix("%")) for line in lines]
+    assert len(shares) == 14 and shares[0] < 0.01 < 1 < shares[6]  # colour tells dark from bright
+    with pytest.raises(SystemExit, match="root: expected the folder"):
+        boundaries.main(["--data", "msrc"])
 
 
 def test_what_is_held_apart_is_not_trained_on(acdc: Path, msrc: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ import gcrf_triton
 
 from ..run import processor, revision
 from .data import open_collection, open_data
-from .report import draw_curves, draw_panel, draw_sweep, print_table
+from .report import draw_curves, draw_panel, draw_sweep, draw_transfer, print_table
 from .settings import GATES, Settings, add_options, preset
 from .train import Result, train
 
@@ -49,6 +49,18 @@ SWEEPS: dict[str, tuple[str, tuple]] = {
     "thickness": ("thickness", (1.0, 3.0, 5.0)),
 }
 CHANGES_MASS = ("radius", "sigma", "resolution")  # swept with and without normalisation
+# does a weight mean the same under other kernels and grids? every one of these with every weight
+TRANSFER = "transfer"
+TRANSFER_WEIGHTS = (1, 10, 0.1, 3, 0.3, 30)  # times the preset's
+TRANSFER_CHANGES: tuple[dict[str, object], ...] = (
+    {},
+    {"sigma": 0.03},
+    {"sigma": 0.3},
+    {"radius": 2},
+    {"radius": 10},
+    {"loss_stride": "4"},
+    {"loss_stride": "full"},
+)
 NOT_RECORDED = ("root", "labels_from")  # places on one machine
 LABEL_SETTINGS = ("thickness", "keep", "label_seed")  # mean nothing to dense labels
 # these mean nothing to partial cross entropy alone
@@ -91,7 +103,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, di
     parser.add_argument("--out", type=Path, default=Path("weak-supervision-output"), help="folder (%(default)s)")
     parser.add_argument("--seeds", type=int, default=None, help="how many (3, of sweeps and --quick 1)")
     parser.add_argument("--quick", action="store_true", help="the table with too few steps, in minutes")
-    parser.add_argument("--sweep", choices=SWEEPS, help="values of one setting, instead of the table")
+    parser.add_argument("--sweep", choices=(*SWEEPS, TRANSFER), help="values of one setting, instead of the table")
     parser.add_argument("--report", action="store_true", help="train nothing; tables and pictures of what is there")
     parser.add_argument("--on-broken", choices=("stop", "skip"), default="stop", help="at unusable files (%(default)s)")
     free = [entry.name for entry in dataclasses.fields(Settings) if entry.name not in DECIDED_HERE]
@@ -112,6 +124,9 @@ def plans(data: str, root: str, options: argparse.Namespace, changes: dict[str, 
     found = []
     for seed in range(options.seeds):
         base = preset(data, **{"root": root, "seed": seed} | changes)
+        if options.sweep == TRANSFER:
+            found += transfer_plans(dataclasses.replace(base, labels=kinds[0]))
+            continue
         if options.sweep:
             found += sweep_plans(dataclasses.replace(base, labels=kinds[0]), options.sweep)
             continue
@@ -138,6 +153,18 @@ def sweep_plans(base: Settings, sweep: str) -> list[Plan]:
             found.append(plan(base, loss="gcrf", normalise="mass", weight=weight, **{name: value}))
         if sweep in ("labels", "thickness"):
             found.append(plan(base, loss="pce", **{name: value}))
+    return found
+
+
+def transfer_plans(base: Settings) -> list[Plan]:
+    """One seed of every weight with every kernel and grid, and what to compare with, scored on what is held apart."""
+    base = dataclasses.replace(base, evaluate_on="held-out")
+    found = [plan(base, loss="pce"), plan(base, labels="dense", loss="pce")]
+    for factor in TRANSFER_WEIGHTS:
+        weight = round(factor * base.weight, 6)
+        for changes in TRANSFER_CHANGES:
+            if changes.get("loss_stride") != NATIVE.get(base.data):
+                found.append(plan(base, loss="gcrf", weight=weight, **changes))
     return found
 
 
@@ -187,6 +214,9 @@ def report(data: str, wanted: list[Plan], rows: list[dict[str, str]], options: a
     if not rows:
         return
     metric = "dice" if data == "acdc" else "miou"
+    if options.sweep == TRANSFER:
+        draw_transfer(rows, TRANSFER_CHANGES, metric, options.out / f"{data}-{TRANSFER}.png")
+        return
     if options.sweep:
         draw_sweep(rows, SWEEPS[options.sweep][0], metric, options.out / f"{data}-{options.sweep}.png")
         return

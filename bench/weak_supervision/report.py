@@ -17,18 +17,19 @@ from .data import Collection, Slices, seeded, stem
 from .labels import UNLABELLED, draw, make_clicks, make_scribbles
 from .scores import BAND
 
+DENSE = "dense CE"
 METHODS = {"pce": "partial CE", "gcrf": "partial CE + Gated CRF"}
 Row = dict[str, str]
 
 
 def method(row: Row) -> str:
     """What a row is called in tables and pictures."""
-    return "dense CE" if row["labels"] == "dense" else f"{row['labels']}: {METHODS[row['loss']]}"
+    return DENSE if row["labels"] == "dense" else f"{row['labels']}: {METHODS[row['loss']]}"
 
 
 def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows of the same method, dense supervision last."""
-    names = sorted(dict.fromkeys(map(method, rows)), key=lambda name: name == "dense CE")
+    names = sorted(dict.fromkeys(map(method, rows)), key=lambda name: name == DENSE)
     return {name: [row for row in rows if method(row) == name] for name in names}
 
 
@@ -64,9 +65,7 @@ def gap_closed(mine: Sequence[Row], methods: dict[str, list[Row]], metric: str) 
     if mine[0]["loss"] != "gcrf":
         return ""
     without = methods.get(f"{mine[0]['labels']}: {METHODS['pce']}", [])
-    trio = [
-        {row["seed"]: float(row[metric]) for row in group} for group in (without, mine, methods.get("dense CE", []))
-    ]
+    trio = [{row["seed"]: float(row[metric]) for row in group} for group in (without, mine, methods.get(DENSE, []))]
     seeds = set.intersection(*(set(group) for group in trio))
     if not seeds:
         return ""
@@ -114,6 +113,53 @@ def draw_sweep(rows: Sequence[Row], column: str, metric: str, path: Path) -> Non
     axis.set(xlabel=column.replace("_", " "), ylabel=f"{metric} on what is held apart, %")
     axis.legend(frameon=False)
     figure.savefig(path)
+
+
+def draw_transfer(rows: Sequence[Row], changes: Sequence[dict[str, object]], metric: str, path: Path) -> None:
+    """Scores over the weight, and over the weight times the kernel's mass: where curves meet, a weight transfers.
+
+    Prints how much of the scores' variance one parabola through all of them explains, on either axis.
+    """
+    trained = [row for row in rows if row["loss"] == "gcrf"]
+    varied = list(dict.fromkeys(name for change in changes for name in change))
+    names = {
+        row["run"]: ", ".join(
+            f"{name.replace('_', ' ')} {row[name]}"
+            for name in varied
+            if any(str(change.get(name)) == row[name] for change in changes)
+        )
+        for row in trained
+    }
+    figure = Figure((10, 4), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    print()
+    for axis, title, strength in (
+        (left, "weight", lambda row: float(row["weight"])),
+        (right, "weight x kernel mass", lambda row: float(row["weight"]) * float(row["kernel_mass"])),
+    ):
+        for number, name in enumerate(dict.fromkeys(names.values())):
+            mine = sorted((row for row in trained if names[row["run"]] == name), key=strength)
+            strengths, scores = [strength(row) for row in mine], scores_of(mine, metric)
+            axis.plot(strengths, scores, f"C{number}o-", ms=4, label=name or "preset")
+        for name, mine in by_method([row for row in rows if row["loss"] == "pce"]).items():
+            dashes = ":" if name == DENSE else "--"
+            axis.axhline(statistics.fmean(scores_of(mine, metric)), color="k", ls=dashes, lw=1, label=name)
+        explained = variance_explained([strength(row) for row in trained], scores_of(trained, metric))
+        axis.set(xscale="log", xlabel=title)
+        axis.spines[["top", "right"]].set_visible(False)
+        print(f"{title:22} explains {explained:.0%} of the variance of {metric} over {len(trained)} trainings")
+    left.set_ylabel(f"{metric} on what is held apart, %")
+    right.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def variance_explained(strengths: Sequence[float], scores: Sequence[float]) -> float:
+    """R squared of the least-squares parabola over the logarithm."""
+    logarithms = np.log(strengths)
+    if len(set(strengths)) <= 3 or len(set(scores)) == 1:
+        return math.nan
+    residuals = np.asarray(scores) - np.polyval(np.polyfit(logarithms, scores, 2), logarithms)
+    return 1 - float(np.var(residuals) / np.var(scores))
 
 
 def draw_panel(collection: Collection, rows: Sequence[Row], folder: Path, path: Path) -> None:

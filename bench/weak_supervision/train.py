@@ -30,6 +30,7 @@ from .settings import Settings
 
 PICTURES_KEPT = 6  # predictions saved for a panel
 CHECKPOINT = "checkpoint.pt"
+NETWORK = "network.pt"  # what was trained, a state_dict
 WAIT = datetime.timedelta(days=1)
 
 
@@ -193,6 +194,7 @@ def train(settings: Settings, data: Data, out: Path) -> Result | None:
                 trainer.save(out / CHECKPOINT)
     if rank:
         return None
+    torch.save(trainer.network.state_dict(), out / NETWORK)
     shown = data.testing[:: max(len(data.testing) // PICTURES_KEPT, 1)][:PICTURES_KEPT]
     for name, prediction in predict(trainer.network, data, settings, shown):
         (out / "predictions").mkdir(exist_ok=True)
