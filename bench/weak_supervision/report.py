@@ -84,6 +84,8 @@ def draw_curves(rows: Sequence[Row], metric: str, folder: Path, path: Path) -> N
         axis.grid(alpha=0.3)
         for number, (name, mine) in enumerate(by_method(rows).items()):
             for row in mine:
+                if column == "gcrf" and row["loss"] != column:
+                    continue
                 curve = json.loads((folder / row["run"] / "curve.json").read_text())
                 values = [100 * point[column] if column == metric else point[column] for point in curve]
                 steps = [point["step"] for point in curve]
