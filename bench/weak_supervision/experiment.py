@@ -51,7 +51,7 @@ SWEEPS: dict[str, tuple[str, tuple]] = {
 CHANGES_MASS = ("radius", "sigma", "resolution")  # swept with and without normalisation
 # does a weight mean the same under other kernels and grids? every one of these with every weight
 TRANSFER = "transfer"
-TRANSFER_WEIGHTS = (1, 10, 0.1, 3, 0.3, 30)  # times the preset's
+TRANSFER_WEIGHTS = (1, 10, 0.1, 30)  # times the preset's
 TRANSFER_CHANGES: tuple[dict[str, object], ...] = (
     {},
     {"sigma": 0.03},
