@@ -19,7 +19,7 @@ from torch import nn
 
 from bench.weak_supervision import __main__ as command
 from bench.weak_supervision import boundaries, experiment, losses, report
-from bench.weak_supervision.data import Pictures, Slices, open_data
+from bench.weak_supervision.data import Slices, open_collection, open_data
 from bench.weak_supervision.networks import build_network
 from bench.weak_supervision.scores import Scores
 from bench.weak_supervision.settings import Settings, preset
@@ -394,14 +394,28 @@ def test_transfer_trains_every_weight_with_every_kernel_and_grid(
 ) -> None:
     arguments = [*experiment_arguments(acdc, msrc, tmp_path / "out"), "--sweep", "transfer"]
     names = [p.name for p in experiment.plans("msrc", str(msrc), *experiment.parse_arguments(arguments))]
-    assert len(names) == len(set(names)) == 2 + 4 * 6  # stride 4 is the network's own
-    assert names[1] == "msrc-dense-pce-held-out-0" and "msrc-clicks-gcrf-weight=0.1-sigma=0.3-held-out-0" in names
+    assert len(names) == len(set(names)) == 2 + 4 * 6 + 2  # stride 4 is the network's own
+    assert names[0] == "msrc-dense-pce-held-out-0" and "msrc-clicks-gcrf-weight=0.1-sigma=0.3-held-out-0" in names
     monkeypatch.setattr(experiment, "TRANSFER_WEIGHTS", (1, 10))
     monkeypatch.setattr(experiment, "TRANSFER_CHANGES", ({}, {"radius": 2}))
-    experiment.main([*arguments[:2], *arguments[4:]])
-    printed = capsys.readouterr().out
-    assert "weight x kernel mass   explains" in printed and "over 4 trainings" in printed
-    assert (tmp_path / "out" / "acdc-transfer.png").exists()
+    monkeypatch.setitem(experiment.SWEEPS, "weight", ("weight", (1, 10)))
+    options, changes = experiment.parse_arguments(arguments)
+    wanted = experiment.plans("acdc", str(acdc), options, changes)
+    options.out.mkdir()
+    rows = experiment.run_all("acdc", wanted, options)
+    assert {(row["side"], row["steps"], row["evaluate_on"]) for row in rows.values()} == {("128", "2", "held-out")}
+    for name, row in rows.items():
+        row["dice"] = {"acdc-scribbles-pce-held-out-0": "0.5", "acdc-dense-pce-held-out-0": "0.7"}.get(name, "0.65")
+    points = experiment.strengths(wanted, rows, "dice")
+    assert [(point.kernel, point.weight) for point in points] == [
+        *(("preset", 0.03), ("preset", 0.3), ("radius 2", 0.03), ("radius 2", 0.3))
+    ]
+    assert [point.closed for point in points] == pytest.approx([0.75] * 4)
+    assert points[0].mass > 2 * points[2].mass and points[0].masks > 2 * points[2].masks > 0
+    report.draw_transfer(points, tmp_path / "transfer.png")
+    assert "weight x loss of the dense masks   explains" in capsys.readouterr().out
+    rows["acdc-dense-pce-held-out-0"]["dice"] = "0.4"
+    assert experiment.strengths(wanted, rows, "dice") == []
 
 
 def test_variance_that_a_parabola_explains() -> None:
@@ -411,10 +425,11 @@ def test_variance_that_a_parabola_explains() -> None:
     assert np.isnan(report.variance_explained(strengths[:3], [1.0, 2.0, 0.0]))
 
 
-def test_share_of_a_kernel_that_crosses_boundaries(msrc: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    collection = Pictures(msrc, *(getattr(preset("msrc"), name) for name in ("images", "masks")), ["a", "b"], "", "")
-    settings = preset("msrc", loss_stride="full", radius=2, xy=1e6, kernels="xy")
-    mass, crossing = boundaries.crossing_share(collection, ["photo_0"], settings)
+def test_loss_of_dense_masks(msrc: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = preset("msrc", root=str(msrc), loss_stride="full", radius=2, xy=1e6, kernels="xy")
+    collection = open_collection(settings)
+    collection.lists["train"] = ["photo_0"]
+    found = boundaries.loss_of_masks(collection, settings)
     mask = collection.read_mask("photo_0")
     known, pairs, crossed = mask != 255, 0, 0
     for down in range(-2, 3):
@@ -425,11 +440,15 @@ def test_share_of_a_kernel_that_crosses_boundaries(msrc: Path, capsys: pytest.Ca
                 both = known[rows, columns] & known[there]
                 pairs += both.sum()
                 crossed += (both & (mask[rows, columns] != mask[there])).sum()
-    assert mass == pytest.approx(pairs / known.sum(), rel=1e-5) and crossing == pytest.approx(crossed / pairs, rel=1e-5)
+    assert found.mass == pytest.approx(pairs / known.sum(), rel=1e-5)
+    assert found.loss == pytest.approx(crossed / known.sum(), rel=1e-5)
     boundaries.main(["--data", "msrc", "--root", str(msrc)])
     lines = capsys.readouterr().out.splitlines()[2:]
-    shares = [float(line.split()[-1].removesuffix("%")) for line in lines]
+    shares = [float(line.split()[-3].removesuffix("%")) for line in lines]
     assert len(shares) == 14 and shares[0] < 0.01 < 1 < shares[6]  # colour tells dark from bright
+    assert lines[0].split()[-1] == "any" and float(lines[6].split()[-1]) == pytest.approx(
+        boundaries.PRICE / float(lines[6].split()[-2]), rel=0.05
+    )
     with pytest.raises(SystemExit, match="root: expected the folder"):
         boundaries.main(["--data", "msrc"])
 

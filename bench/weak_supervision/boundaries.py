@@ -1,10 +1,16 @@
-"""What share of a kernel joins pixels of different classes: whether the loss can help, before any training.
+"""How strong the Gated CRF loss is on a data set, and the weight that follows, before any training.
 
     python -m bench.weak_supervision.boundaries --data acdc --root ACDC
 
-The Gated CRF loss of the dense masks, over that of predictions that agree nowhere. A kernel that knew the classes would
-have 0; `xy`, which knows only distance, is what colour has to beat. Any setting of `python -m bench.weak_supervision`
-can be given; images have the size that they are trained at.
+For kernels and grids, from images with dense masks (a few dozen are enough):
+
+- mass: the mean sum of a pixel's kernel, which is the loss where no two predictions agree;
+- crossing: the share of it that joins pixels of different classes. A kernel that knew the classes would have 0; `xy`,
+  which knows only distance, is what colour has to beat;
+- masks: the loss of the dense masks, mass x crossing. This, times the weight, is what the truth costs in training;
+- weight: the one at which it costs 0.02, as found by the experiment's transfer sweep.
+
+Any setting of `python -m bench.weak_supervision` can be given; images have the size that they are trained at.
 """
 
 from __future__ import annotations
@@ -13,7 +19,6 @@ import argparse
 import dataclasses
 import statistics
 import sys
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +32,22 @@ from .losses import crf_arguments, kernel_mass, to_grid
 from .samples import shorten
 from .settings import Settings, add_options, preset
 
+PRICE = 0.02  # weight x loss of the dense masks
 SIGMAS = (0.02, 0.03, 0.06, 0.1, 0.2, 0.3)
 GRIDS = ("full", "4")
-IMAGES = 100
+IMAGES = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Boundaries:
+    """Means over images."""
+
+    mass: float
+    loss: float  # of the dense masks
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print mass and crossing share of every kernel on every grid."""
+    """Print a line for every kernel on every grid."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.weak_supervision.boundaries",
         description=__doc__,
@@ -42,42 +56,38 @@ def main(arguments: list[str] | None = None) -> None:
     add_options(parser)
     options = vars(parser.parse_args(arguments))
     try:
-        settings = preset(options.pop("data", "acdc"), gates="source", **options)
+        settings = preset(options.pop("data", "acdc"), **options)
         collection = open_collection(settings)
-        names = collection.lists["train"]
-        names = names[:: max(len(names) // IMAGES, 1)]
-        print(f"{settings.data}, {len(names)} training images, radius {settings.radius}, xy {settings.xy:g}")
-        print(f"{'kernel':>12}{'grid':>8}{'mass':>8}{'crossing':>10}")
+        print(f"{settings.data}, radius {settings.radius}, xy {settings.xy:g}")
+        print(f"{'kernel':>12}{'grid':>8}{'mass':>8}{'crossing':>10}{'masks':>8}{'weight':>8}")
         for grid in GRIDS:
             for sigma in (*SIGMAS, None):
-                kernels = "xy" if sigma is None else "rgb+xy"
-                changed = dataclasses.replace(
-                    settings, loss_stride=grid, kernels=kernels, sigma=sigma or settings.sigma
-                )
-                mass, crossing = crossing_share(collection, names, changed)
+                colour = {"kernels": "xy"} if sigma is None else {"kernels": "rgb+xy", "sigma": sigma}
+                found = loss_of_masks(collection, dataclasses.replace(settings, loss_stride=grid, **colour))
                 title = "xy" if sigma is None else f"sigma {sigma:g}"
-                print(f"{title:>12}{grid:>8}{mass:8.1f}{crossing:10.2%}", flush=True)
+                line = f"{title:>12}{grid:>8}{found.mass:8.1f}{found.loss / found.mass:10.2%}{found.loss:8.3f}"
+                weight = f"{PRICE / found.loss:.2g}" if found.loss > 1e-6 else "any"
+                print(f"{line}{weight:>8}", flush=True)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
 @torch.no_grad()
-def crossing_share(collection: Collection, names: Sequence[str], settings: Settings) -> tuple[float, float]:
-    """Mean mass of the kernel, and the mean share of it that joins pixels of different classes."""
-    masses, shares = [], []
-    for name in tqdm(names, unit="image", leave=False, disable=None):
+def loss_of_masks(collection: Collection, settings: Settings) -> Boundaries:
+    """Kernel mass and the Gated CRF loss of dense masks, over training images; void is gated out on both sides."""
+    names = collection.lists["train"]
+    found = []
+    for name in tqdm(names[:: -(-len(names) // IMAGES)], desc="masks", unit="image", leave=False, disable=None):
         mask = torch.from_numpy(collection.read_mask(name))
         image, mask = shorten(collection.read_image(name), mask, settings.side, thin=False)
         classes = F.one_hot(torch.where(mask == UNLABELLED, 0, mask).long(), len(collection.class_names))
         truth = to_grid(classes.permute(2, 0, 1)[None].float(), settings.loss_stride, mask.shape)
-        known = (mask != UNLABELLED)[None]  # void neither attracts nor is attracted
-        settings = dataclasses.replace(settings, gates="both")
-        grid = truth.shape[2:]
-        arguments = crf_arguments(image[None], torch.full_like(mask, UNLABELLED)[None], known, grid, settings)
-        mass = kernel_mass(arguments, grid).item()
-        masses.append(mass)
-        shares.append(gated_crf_loss(truth, **arguments).item() / mass)
-    return statistics.fmean(masses), statistics.fmean(shares)
+        unlabelled, known = torch.full_like(mask, UNLABELLED)[None], (mask != UNLABELLED)[None]
+        gated = dataclasses.replace(settings, gates="both")
+        arguments = crf_arguments(image[None], unlabelled, known, truth.shape[2:], gated)
+        found.append((kernel_mass(arguments, truth.shape[2:]).item(), gated_crf_loss(truth, **arguments).item()))
+    masses, losses = zip(*found, strict=True)
+    return Boundaries(statistics.fmean(masses), statistics.fmean(losses))
 
 
 if __name__ == "__main__":

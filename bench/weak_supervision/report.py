@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import imgviz
@@ -117,41 +118,46 @@ def draw_sweep(rows: Sequence[Row], column: str, metric: str, path: Path) -> Non
     figure.savefig(path)
 
 
-def draw_transfer(rows: Sequence[Row], changes: Sequence[dict[str, object]], metric: str, path: Path) -> None:
-    """Scores over the weight, and over the weight times the kernel's mass: where curves meet, a weight transfers.
+@dataclass(frozen=True)
+class Strength:
+    """How strong the Gated CRF loss was in a training, and what it brought."""
 
-    Prints how much of the scores' variance one parabola through all of them explains, on either axis.
+    data: str
+    kernel: str
+    weight: float
+    mass: float  # of the kernel: the loss where no two predictions agree
+    masks: float  # the loss of the dense masks
+    closed: float  # of the gap between partial and dense cross entropy
+
+
+def draw_transfer(points: Sequence[Strength], path: Path) -> None:
+    """Share of the gap that is closed over three strengths of the loss: where curves meet, a weight transfers.
+
+    Prints how much of the variance one parabola through all points explains on each axis.
     """
-    trained = [row for row in rows if row["loss"] == "gcrf"]
-    varied = list(dict.fromkeys(name for change in changes for name in change))
-    names = {
-        row["run"]: ", ".join(
-            f"{name.replace('_', ' ')} {row[name]}"
-            for name in varied
-            if any(str(change.get(name)) == row[name] for change in changes)
-        )
-        for row in trained
+    strengths = {
+        "weight": [point.weight for point in points],
+        "weight x kernel mass": [point.weight * point.mass for point in points],
+        "weight x loss of the dense masks": [point.weight * point.masks for point in points],
     }
-    figure = Figure((10, 4), dpi=110, layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    closed = [100 * point.closed for point in points]
+    figure = Figure((12, 4), dpi=110, layout="constrained")
+    panels = figure.subplots(1, len(strengths), sharey=True)
     print()
-    for axis, title, strength in (
-        (left, "weight", lambda row: float(row["weight"])),
-        (right, "weight x kernel mass", lambda row: float(row["weight"]) * float(row["kernel_mass"])),
-    ):
-        for number, name in enumerate(dict.fromkeys(names.values())):
-            mine = sorted((row for row in trained if names[row["run"]] == name), key=strength)
-            strengths, scores = [strength(row) for row in mine], scores_of(mine, metric)
-            axis.plot(strengths, scores, f"C{number}o-", ms=4, label=name or "preset")
-        for name, mine in by_method([row for row in rows if row["loss"] == "pce"]).items():
-            dashes = ":" if name == DENSE else "--"
-            axis.axhline(statistics.fmean(scores_of(mine, metric)), color="k", ls=dashes, lw=1, label=name)
-        explained = variance_explained([strength(row) for row in trained], scores_of(trained, metric))
+    for axis, (title, values) in zip(panels, strengths.items(), strict=True):
+        curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
+        for point, value, share in zip(points, values, closed, strict=True):
+            curves.setdefault((point.data, point.kernel), []).append((value, share))
+        for (data, kernel), curve in curves.items():
+            style = "o-" if data == points[0].data else "s--"
+            axis.plot(*zip(*sorted(curve), strict=True), style, ms=4, label=f"{data}, {kernel}")
+        axis.axhline(0, color="k", lw=1)
         axis.set(xscale="log", xlabel=title)
         axis.spines[["top", "right"]].set_visible(False)
-        print(f"{title:22} explains {explained:.0%} of the variance of {metric} over {len(trained)} trainings")
-    left.set_ylabel(f"{metric} on what is held apart, %")
-    right.legend(frameon=False, fontsize=8)
+        explained = variance_explained(values, closed)
+        print(f"{title:34} explains {explained:.0%} of the variance over {len(points)} trainings")
+    panels[0].set_ylabel("share of the gap to dense labels closed, %")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", frameon=False, fontsize=8)
     figure.savefig(path)
 
 
