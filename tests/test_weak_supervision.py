@@ -357,7 +357,7 @@ def test_experiment(
         with Image.open(tmp_path / "out" / name) as picture:
             assert picture.width > 300
     printed = capsys.readouterr().out
-    assert "+-" in printed and "gap closed" in printed and "clicks: partial CE + Gated CRF" in printed
+    assert " ± " in printed and "gap closed" in printed and "clicks: partial CE + Gated CRF" in printed
 
     monkeypatch.setattr(experiment, "train", None)  # everything is there: nothing is trained again
     monkeypatch.setattr(experiment, "draw_curves", lambda *_: None)
@@ -366,7 +366,7 @@ def test_experiment(
     capsys.readouterr()
     changes = ["--weight", "0.5", "--report"]
     experiment.main([*arguments, *changes])  # only the loss has a weight
-    assert "Gated CRF  " not in (printed := capsys.readouterr().out) and "dense CE" in printed
+    assert "Gated CRF |" not in (printed := capsys.readouterr().out) and "dense CE" in printed
     names = [p.name for p in experiment.plans("acdc", "", *experiment.parse_arguments([*arguments, *changes]))]
     assert names[:3] == ["acdc-scribbles-pce-0", "acdc-scribbles-gcrf-weight=0.5-0", "acdc-dense-pce-0"]
     with pytest.raises(SystemExit, match=r"acdc.csv: expected acdc-scribbles-pce-0 with steps=9, got 2"):

@@ -31,7 +31,7 @@ import gcrf_triton
 from ..run import processor, revision
 from .boundaries import loss_of_masks
 from .data import open_collection, open_data
-from .report import Strength, draw_curves, draw_panel, draw_sweep, draw_transfer, print_table
+from .report import Strength, draw_curves, draw_panel, draw_sweep, draw_transfer, table_of
 from .settings import GATES, Settings, add_options, preset
 from .train import Result, train
 
@@ -230,7 +230,7 @@ def report(data: str, settings: Settings, rows: list[dict[str, str]], options: a
     if options.sweep:
         draw_sweep(rows, SWEEPS[options.sweep][0], METRIC[data], options.out / f"{data}-{options.sweep}.png")
         return
-    print_table(rows, METRIC[data])
+    print(f"\n{table_of(rows, METRIC[data])}\n")
     draw_curves(rows, METRIC[data], options.out, options.out / f"{data}-curves.png")
     draw_panel(open_collection(settings), rows, options.out, options.out / f"{data}-panel.png")
 

@@ -16,7 +16,6 @@ from PIL import Image
 
 from .data import Collection, Slices, seeded, stem
 from .labels import UNLABELLED, draw, make_clicks, make_scribbles
-from .scores import BAND
 
 DENSE = "dense CE"
 METHODS = {"pce": "partial CE", "gcrf": "partial CE + Gated CRF"}
@@ -41,37 +40,39 @@ def scores_of(rows: Sequence[Row], metric: str) -> list[float]:
 
 def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation."""
-    return f"{statistics.mean(values):.1f}" + (f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def print_table(rows: Sequence[Row], metric: str) -> None:
-    """One line a method; the share of the gap is that between partial CE and dense CE of the same seeds."""
+def table_of(rows: Sequence[Row], metric: str) -> str:
+    """Markdown, one line a method: means and standard deviations over seeds."""
     methods = by_method(rows)
-    print(f"\n{rows[0]['data']}, {rows[0]['steps']} steps, scored on {rows[0]['evaluate_on']}")
-    titles = (
-        f"{metric + ' %':>14}{'boundary mIoU %':>18}{'gap closed':>12}{'s / step':>10}{'loss share':>12}{'runs':>6}"
-    )
-    print(f"{'':36}{titles}")
+    title = f"{rows[0]['data']}, {int(rows[0]['steps']):,} steps, on {rows[0]['evaluate_on']}"
+    name_of_metric = {"dice": "Dice", "miou": "mIoU"}[metric]
+    columns = [title, f"{name_of_metric}, %", "boundary mIoU, %", "gap closed (seeds)", "loss, share of step", "runs"]
+    lines = [columns, ["---"] * len(columns)]
     for name, mine in methods.items():
-        seconds, share = (
-            statistics.mean(float(row[column]) for row in mine) for column in ("seconds_per_step", "loss_share")
-        )
-        line = f"{name:36}{spread(scores_of(mine, metric)):>14}{spread(scores_of(mine, 'boundary_miou')):>18}"
-        print(f"{line}{gap_closed(mine, methods, metric):>12}{seconds:>10.3f}{share:>12.1%}{len(mine):>6}")
-    print(f"+-: standard deviation over seeds; boundary: within {BAND} pixels of one; s / step: median\n")
+        share = statistics.median(float(row["loss_share"]) for row in mine)
+        scores = [spread(scores_of(mine, column)) for column in (metric, "boundary_miou")]
+        loss = f"{share:.1%}" if mine[0]["loss"] == "gcrf" else ""
+        lines.append([name, *scores, gap_closed(mine, methods, metric), loss, str(len(mine))])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def gap_closed(mine: Sequence[Row], methods: dict[str, list[Row]], metric: str) -> str:
-    """(with the loss - without) / (dense - without), of the means over the seeds that all three have."""
+    """(with the loss - without) / (dense - without), of the means over the seeds that all three have, and of each."""
     if mine[0]["loss"] != "gcrf":
         return ""
     without = methods.get(f"{mine[0]['labels']}: {METHODS['pce']}", [])
     trio = [{row["seed"]: float(row[metric]) for row in group} for group in (without, mine, methods.get(DENSE, []))]
-    seeds = set.intersection(*(set(group) for group in trio))
+    seeds = sorted(set.intersection(*(set(group) for group in trio)))
     if not seeds:
         return ""
-    low, middle, high = (statistics.mean(group[seed] for seed in seeds) for group in trio)
-    return f"{(middle - low) / (high - low):.0%}" if high > low else "no gap"
+    each = [[group[seed] for group in trio] for seed in seeds]
+    means = [statistics.mean(scores) for scores in zip(*each, strict=True)]
+    of_means, *of_seeds = (
+        f"{(middle - low) / (high - low):.0%}" if high > low else "no gap" for low, middle, high in [means, *each]
+    )
+    return f"{of_means} ({', '.join(of_seeds)})"
 
 
 def draw_curves(rows: Sequence[Row], metric: str, folder: Path, path: Path) -> None:
