@@ -367,40 +367,47 @@ def test_experiment(
     changes = ["--weight", "0.5", "--report"]
     experiment.main([*arguments, *changes])  # only the loss has a weight
     assert "Gated CRF |" not in (printed := capsys.readouterr().out) and "dense CE" in printed
-    names = [p.name for p in experiment.plans("acdc", "", *experiment.parse_arguments([*arguments, *changes]))]
+    names = [p.name for p in experiment.table_plans("acdc", "", *experiment.parse_arguments([*arguments, *changes]))]
     assert names[:3] == ["acdc-scribbles-pce-0", "acdc-scribbles-gcrf-weight=0.5-0", "acdc-dense-pce-0"]
     with pytest.raises(SystemExit, match=r"acdc.csv: expected acdc-scribbles-pce-0 with steps=9, got 2"):
         experiment.main([*arguments, "--steps", "9"])
 
 
-def test_sweep_is_scored_on_what_is_held_apart(acdc: Path, msrc: Path, tmp_path: Path) -> None:
+def test_sweeps_are_scored_on_what_is_held_apart(
+    acdc: Path, msrc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = experiment_arguments(acdc, msrc, tmp_path / "out")
-    arguments = [*arguments[:2], *arguments[4:]]
-    experiment.main([*arguments, "--sweep", "sigma"])
+    experiment.main([*arguments[:2], *arguments[4:], "--sweep", "sigma", "labels"])
     with (tmp_path / "out" / "acdc.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert rows[0]["loss"] == "pce" and {row["evaluate_on"] for row in rows} == {"held-out"}
-    assert [(row["sigma"], row["normalise"]) for row in rows[1:]] == [
-        (sigma, normalise) for sigma in ("0.03", "0.06", "0.1", "0.2") for normalise in ("none", "mass")
+    assert rows[1]["labels"] == "dense" and {row["side"] for row in rows} == {"128"}
+    assert [(row["sigma"], row["normalise"], row["keep"]) for row in rows[2:10]] == [
+        (sigma, normalise, "1.0") for sigma in ("0.03", "0.06", "0.1", "0.2") for normalise in ("none", "mass")
     ]
-    assert (tmp_path / "out" / "acdc-sigma.png").exists()
-    radius = experiment.plans("acdc", str(acdc), *experiment.parse_arguments([*arguments, "--sweep", "radius"]))
-    assert len({training.name for training in radius}) == 9
-    assert len({training.name for training in radius} & {row["run"] for row in rows}) == 3  # trained once for both
+    assert [(row["keep"], row["loss"]) for row in rows[10:]] == [
+        (keep, loss) for keep in ("0.25", "0.5") for loss in ("gcrf", "pce")
+    ]
+    assert (tmp_path / "out" / "acdc-sweeps.png").exists()
+    printed = capsys.readouterr().out
+    assert "0.03: nan" not in printed.split("over kernel mass")[0] and "dense CE" in printed
+    options, changes = experiment.parse_arguments([*arguments, "--sweep", "radius"])
+    radius = experiment.sweep_plans("acdc", str(acdc), options, changes, "radius")
+    assert len({training.name for training in radius} - {row["run"] for row in rows}) == 6  # the rest is there
 
 
 def test_transfer_trains_every_weight_with_every_kernel_and_grid(
     acdc: Path, msrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [*experiment_arguments(acdc, msrc, tmp_path / "out"), "--sweep", "transfer"]
-    names = [p.name for p in experiment.plans("msrc", str(msrc), *experiment.parse_arguments(arguments))]
+    arguments = experiment_arguments(acdc, msrc, tmp_path / "out")
+    options, changes = experiment.parse_arguments([*arguments, "--sweep", "transfer"])
+    names = [p.name for p in experiment.sweep_plans("msrc", str(msrc), options, changes, "transfer")]
     assert len(names) == len(set(names)) == 2 + 4 * 6 + 2  # stride 4 is the network's own
-    assert names[0] == "msrc-dense-pce-held-out-0" and "msrc-clicks-gcrf-weight=0.1-sigma=0.3-held-out-0" in names
+    assert names[1] == "msrc-dense-pce-held-out-0" and "msrc-clicks-gcrf-weight=0.1-sigma=0.3-held-out-0" in names
     monkeypatch.setattr(experiment, "TRANSFER_WEIGHTS", (1, 10))
     monkeypatch.setattr(experiment, "TRANSFER_CHANGES", ({}, {"radius": 2}))
     monkeypatch.setitem(experiment.SWEEPS, "weight", ("weight", (1, 10)))
-    options, changes = experiment.parse_arguments(arguments)
-    wanted = experiment.plans("acdc", str(acdc), options, changes)
+    wanted = experiment.sweep_plans("acdc", str(acdc), options, changes, "transfer")
     options.out.mkdir()
     rows = experiment.run_all("acdc", wanted, options)
     assert {(row["side"], row["steps"], row["evaluate_on"]) for row in rows.values()} == {("128", "2", "held-out")}

@@ -1,7 +1,7 @@
 """The experiment: partial cross entropy, the same with the Gated CRF loss, and dense labels, over kinds and seeds.
 
     python -m bench.weak_supervision.experiment --acdc ACDC --msrc MSRC_v2 [--quick]
-    python -m bench.weak_supervision.experiment --acdc ACDC --sweep weight
+    python -m bench.weak_supervision.experiment --acdc ACDC --sweep weight radius sigma
     python -m bench.weak_supervision.experiment --voc VOC2012 --kinds clicks --labels-from objects.json,background.json
 
 Every training is a row of `acdc.csv`, `msrc.csv`, ... in the folder --out. Killed and started again, the command skips
@@ -31,7 +31,7 @@ import gcrf_triton
 from ..run import processor, revision
 from .boundaries import loss_of_masks
 from .data import open_collection, open_data
-from .report import Strength, draw_curves, draw_panel, draw_sweep, draw_transfer, table_of
+from .report import Strength, draw_curves, draw_panel, draw_sweeps, draw_transfer, table_of
 from .settings import GATES, Settings, add_options, preset
 from .train import Result, train
 
@@ -88,16 +88,14 @@ def main(arguments: list[str] | None = None) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         points: list[Strength] = []
         for data in KINDS:
-            if root := getattr(options, data):
-                wanted = plans(data, root, options, changes)
-                rows = run_all(data, wanted, options)
-                if options.sweep == TRANSFER:
-                    points += strengths(wanted, rows, METRIC[data])
-                elif rows:
-                    report(data, wanted[0].settings, list(rows.values()), options)
+            root = getattr(options, data)
+            if root and options.sweep:
+                points += run_sweeps(data, root, options, changes)
+            elif root:
+                run_table(data, root, options, changes)
         if points:
             draw_transfer(points, options.out / f"{TRANSFER}.png")
-        elif options.sweep == TRANSFER:
+        elif TRANSFER in options.sweep:
             print("no gap between partial and dense cross entropy yet, of which to draw the share that is closed")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -118,7 +116,9 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, di
     parser.add_argument("--out", type=Path, default=Path("weak-supervision-output"), help="folder (%(default)s)")
     parser.add_argument("--seeds", type=int, default=None, help="how many (3, of sweeps and --quick 1)")
     parser.add_argument("--quick", action="store_true", help="the table with too few steps, in minutes")
-    parser.add_argument("--sweep", choices=(*SWEEPS, TRANSFER), help="values of one setting, instead of the table")
+    parser.add_argument(
+        "--sweep", nargs="+", default=[], choices=(*SWEEPS, TRANSFER), help="settings to vary, instead of the table"
+    )
     parser.add_argument("--report", action="store_true", help="train nothing; tables and pictures of what is there")
     parser.add_argument("--on-broken", choices=("stop", "skip"), default="stop", help="at unusable files (%(default)s)")
     free = [entry.name for entry in dataclasses.fields(Settings) if entry.name not in DECIDED_HERE]
@@ -131,22 +131,39 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, di
     return options, {name: value for name, value in vars(options).items() if name in free}
 
 
-def plans(data: str, root: str, options: argparse.Namespace, changes: dict[str, object]) -> list[Plan]:
-    """Every training of the table, or of a sweep, seed by seed."""
+def run_table(data: str, root: str, options: argparse.Namespace, changes: dict[str, object]) -> None:
+    """Train what is missing of the table; print it, draw curves and a panel of predictions."""
+    wanted = table_plans(data, root, options, changes)
+    rows = list(run_all(data, wanted, options).values())
+    if rows:
+        print(f"\n{table_of(rows, METRIC[data])}\n")
+        draw_curves(rows, METRIC[data], options.out, options.out / f"{data}-curves.png")
+        draw_panel(open_collection(wanted[0].settings), rows, options.out, options.out / f"{data}-panel.png")
+
+
+def run_sweeps(data: str, root: str, options: argparse.Namespace, changes: dict[str, object]) -> list[Strength]:
+    """Train what is missing of the sweeps and draw each; how strong the loss was in the one that crosses weights."""
+    panels, points = {}, []
+    for sweep in options.sweep:
+        wanted = sweep_plans(data, root, options, changes, sweep)
+        rows = run_all(data, wanted, options)
+        if sweep == TRANSFER:
+            points = strengths(wanted, rows, METRIC[data])
+        elif rows:
+            panels[SWEEPS[sweep][0]] = list(rows.values())
+    if panels:
+        draw_sweeps(panels, METRIC[data], options.out / f"{data}-sweeps.png")
+    return points
+
+
+def table_plans(data: str, root: str, options: argparse.Namespace, changes: dict[str, object]) -> list[Plan]:
+    """Every training of the table, seed by seed."""
     if options.quick:
         changes = {"steps": QUICK[data], "evaluations": 1} | changes
-    if options.sweep:
-        changes = SMALLER.get(data, {}) | changes
     kinds = options.kinds or KINDS[data]
     found = []
     for seed in range(options.seeds):
         base = preset(data, **{"root": root, "seed": seed} | changes)
-        if options.sweep == TRANSFER:
-            found += transfer_plans(dataclasses.replace(base, labels=kinds[0]))
-            continue
-        if options.sweep:
-            found += sweep_plans(dataclasses.replace(base, labels=kinds[0]), options.sweep)
-            continue
         for kind in kinds[:1] if options.quick else kinds:
             found += [plan(base, labels=kind, loss=loss) for loss in ("pce", "gcrf")]
             if kind == kinds[0]:
@@ -154,11 +171,24 @@ def plans(data: str, root: str, options: argparse.Namespace, changes: dict[str, 
     return found
 
 
-def sweep_plans(base: Settings, sweep: str) -> list[Plan]:
-    """One seed of a sweep, scored on what is held apart, with partial cross entropy alone to compare with."""
-    base = dataclasses.replace(base, evaluate_on="held-out")
+def sweep_plans(
+    data: str, root: str, options: argparse.Namespace, changes: dict[str, object], sweep: str
+) -> list[Plan]:
+    """Every training of a sweep, seed by seed, and what to compare with, scored on what is held apart."""
+    found = []
+    for seed in range(options.seeds):
+        kind = (options.kinds or KINDS[data])[0]
+        fixed = {"root": root, "seed": seed, "labels": kind, "evaluate_on": "held-out"}
+        base = preset(data, **SMALLER.get(data, {}) | fixed | changes)
+        found += [plan(base, loss="pce"), plan(base, labels="dense", loss="pce")]
+        found += transfer_plans(base) if sweep == TRANSFER else values_plans(base, sweep)
+    return list({training.name: training for training in found}.values())
+
+
+def values_plans(base: Settings, sweep: str) -> list[Plan]:
+    """One seed of one setting's values."""
     name, values = SWEEPS[sweep]
-    found = [] if sweep in ("labels", "thickness") else [plan(base, loss="pce")]
+    found = []
     for value in values:
         if sweep == "weight":
             value = round(value * base.weight, 6)
@@ -174,15 +204,14 @@ def sweep_plans(base: Settings, sweep: str) -> list[Plan]:
 
 
 def transfer_plans(base: Settings) -> list[Plan]:
-    """One seed of the weights with every kernel and grid, and what to compare with, scored on what is held apart."""
-    base = dataclasses.replace(base, evaluate_on="held-out")
-    found = [plan(base, labels="dense", loss="pce"), *sweep_plans(base, "weight")]
+    """One seed of the weights with every kernel and grid."""
+    found = values_plans(base, "weight")
     for factor in TRANSFER_WEIGHTS:
         weight = round(factor * base.weight, 6)
         for changes in TRANSFER_CHANGES:
             if changes.get("loss_stride") != NATIVE.get(base.data):
                 found.append(plan(base, loss="gcrf", weight=weight, **changes))
-    return list({training.name: training for training in found}.values())
+    return found
 
 
 def plan(base: Settings, **changes: object) -> Plan:
@@ -223,16 +252,6 @@ def run_all(data: str, wanted: list[Plan], options: argparse.Namespace) -> dict[
         tqdm.write(f"{training.name}: " + ", ".join(f"{name} {result.scores[name]:.3f}" for name in ("dice", "miou")))
     done = {row["run"]: row for row in read_rows(table)}
     return {training.name: done[training.name] for training in wanted if training.name in done}
-
-
-def report(data: str, settings: Settings, rows: list[dict[str, str]], options: argparse.Namespace) -> None:
-    """The table with curves and panel, or the plot of a sweep, of the trainings that are done."""
-    if options.sweep:
-        draw_sweep(rows, SWEEPS[options.sweep][0], METRIC[data], options.out / f"{data}-{options.sweep}.png")
-        return
-    print(f"\n{table_of(rows, METRIC[data])}\n")
-    draw_curves(rows, METRIC[data], options.out, options.out / f"{data}-curves.png")
-    draw_panel(open_collection(settings), rows, options.out, options.out / f"{data}-panel.png")
 
 
 def strengths(wanted: list[Plan], done: dict[str, dict[str, str]], metric: str) -> list[Strength]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import imgviz
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -19,6 +20,13 @@ from .labels import UNLABELLED, draw, make_clicks, make_scribbles
 
 DENSE = "dense CE"
 METHODS = {"pce": "partial CE", "gcrf": "partial CE + Gated CRF"}
+OVER_MASS = ", over kernel mass"
+SWEPT = {  # curves of sweeps: colour and line
+    METHODS["pce"]: ("k", "--"),
+    METHODS["gcrf"]: ("C0", "-"),
+    METHODS["gcrf"] + OVER_MASS: ("C1", "-"),
+    DENSE: ("k", ":"),
+}
 Row = dict[str, str]
 
 
@@ -96,27 +104,45 @@ def draw_curves(rows: Sequence[Row], metric: str, folder: Path, path: Path) -> N
     figure.savefig(path)
 
 
-def draw_sweep(rows: Sequence[Row], column: str, metric: str, path: Path) -> None:
-    """Scores over the values of the setting that was swept, every seed a point, with a line through the means."""
+def draw_sweeps(panels: dict[str, Sequence[Row]], metric: str, path: Path) -> None:
+    """Scores over the values of each setting that was swept."""
+    columns = min(len(panels), 4)
+    lines = -(-len(panels) // columns)
+    figure = Figure((4 * columns, 3.4 * lines), dpi=110, layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
+    for axis, (setting, rows) in zip(axes, panels.items(), strict=False):
+        draw_sweep(axis, rows, setting, metric)
+    for axis in list(axes)[len(panels) :]:
+        axis.axis("off")
+    entries = {name: line for axis in figure.axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=len(entries), frameon=False)
+    figure.supylabel(f"{metric} on what is held apart, %")
+    figure.savefig(path)
+
+
+def draw_sweep(axis: Axes, rows: Sequence[Row], column: str, metric: str) -> None:
+    """Every seed a point, with a line through the means; prints the means."""
     values = list(dict.fromkeys(row[column] for row in rows if row["loss"] == "gcrf"))
-    figure = Figure((6, 4), dpi=110, layout="constrained")
-    axis = figure.subplots()
     print()
-    for number, (loss, normalise) in enumerate(sorted({(row["loss"], row["normalise"]) for row in rows})):
-        mine = [row for row in rows if (row["loss"], row["normalise"]) == (loss, normalise)]
-        label = METHODS[loss] + (", over kernel mass" if normalise == "mass" else "")
+    for name, (colour, line) in SWEPT.items():
+        mine = [row for row in rows if swept(row) == name]
         scores = {value: scores_of([row for row in mine if row[column] == value], metric) for value in values}
-        if loss == "pce" and sum(map(bool, scores.values())) <= 1:  # the same whatever the value
+        if mine and mine[0]["loss"] == "pce" and sum(map(bool, scores.values())) <= 1:  # the same whatever the value
             scores = dict.fromkeys(values, scores_of(mine, metric))
         means = [statistics.fmean(found or [math.nan]) for found in scores.values()]
-        axis.plot(range(len(values)), means, f"C{number}--" if loss == "pce" else f"C{number}", label=label)
+        axis.plot(range(len(values)), means, colour + line, label=name)
         for place, found in enumerate(scores.values()):
-            axis.plot([place] * len(found), found, f"C{number}o", ms=4)
-        print(f"{label:42}" + "".join(f"{value:>9}: {mean:4.1f}" for value, mean in zip(values, means, strict=True)))
+            axis.plot([place] * len(found), found, colour + "o", ms=4)
+        print(f"{name:42}" + "".join(f"{value:>9}: {mean:4.1f}" for value, mean in zip(values, means, strict=True)))
     axis.set_xticks(range(len(values)), values)
-    axis.set(xlabel=column.replace("_", " "), ylabel=f"{metric} on what is held apart, %")
-    axis.legend(frameon=False)
-    figure.savefig(path)
+    axis.set_xlabel(column.replace("_", " "))
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def swept(row: Row) -> str:
+    """What a row's curve is called in sweeps."""
+    name = DENSE if row["labels"] == "dense" else METHODS[row["loss"]]
+    return name + (OVER_MASS if row["normalise"] == "mass" else "")
 
 
 @dataclass(frozen=True)
