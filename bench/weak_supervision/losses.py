@@ -19,7 +19,7 @@ from .settings import Settings
 def losses_of(
     network: nn.Module, image: Tensor, labels: Tensor, validity: Tensor, weight: float, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Partial cross entropy at the labels' resolution, Gated CRF loss (0 without weight), logits [N, C, h, w]."""
+    """Partial cross entropy at the labels' resolution, Gated CRF loss (0 without weight), the logits that this had."""
     dtype = torch.float32 if settings.amp == "none" else getattr(torch, settings.amp)
     with torch.autocast(image.device.type, dtype, enabled=settings.amp != "none"):
         logits = network(as_input(image))
@@ -31,6 +31,8 @@ def losses_of(
     if logits.shape[2:] != labels.shape[1:]:
         enlarged = F.interpolate(logits, labels.shape[1:], mode="bilinear")
     partial = partial_cross_entropy(enlarged, labels)
+    if settings.loss_stride == "full":
+        logits = enlarged  # once for both
     if settings.loss == "pce" or weight == 0:
         return partial, torch.zeros_like(partial), logits
     return partial, crf(logits, image, labels, validity, settings), logits
@@ -57,6 +59,8 @@ def to_grid(logits: Tensor, loss_stride: str, full: Sequence[int]) -> Tensor:
         raise ValueError(f"loss_stride: expected native, full or a number of pixels, got {loss_stride!r}")
     stride = 1 if loss_stride == "full" else int(loss_stride)
     height, width = (-(-length // stride) for length in full)
+    if (height, width) == tuple(logits.shape[2:]):
+        return logits
     if height <= logits.shape[2]:
         return F.adaptive_avg_pool2d(logits, (height, width))
     return F.interpolate(logits, (height, width), mode="bilinear")

@@ -126,8 +126,10 @@ def draw_sweep(axis: Axes, rows: Sequence[Row], column: str, metric: str) -> Non
     print()
     for name, (colour, line) in SWEPT.items():
         mine = [row for row in rows if swept(row) == name]
+        if not mine:
+            continue
         scores = {value: scores_of([row for row in mine if row[column] == value], metric) for value in values}
-        if mine and mine[0]["loss"] == "pce" and sum(map(bool, scores.values())) <= 1:  # the same whatever the value
+        if mine[0]["loss"] == "pce" and sum(map(bool, scores.values())) <= 1:  # the same whatever the value
             scores = dict.fromkeys(values, scores_of(mine, metric))
         means = [statistics.fmean(found or [math.nan]) for found in scores.values()]
         axis.plot(range(len(values)), means, colour + line, label=name)
