@@ -86,8 +86,10 @@ def loss_of_masks(collection: Collection, settings: Settings) -> Boundaries:
         gated = dataclasses.replace(settings, gates="both")
         arguments = crf_arguments(image[None], unlabelled, known, truth.shape[2:], gated)
         found.append((kernel_mass(arguments, truth.shape[2:]).item(), gated_crf_loss(truth, **arguments).item()))
-    masses, losses = zip(*found, strict=True)
-    return Boundaries(statistics.fmean(masses), statistics.fmean(losses))
+    mass, loss = map(statistics.fmean, zip(*found, strict=True))
+    if mass == 0:
+        raise ValueError(f"masks: expected labelled pixels in the {len(found)} that were read, got void alone")
+    return Boundaries(mass, loss)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,6 @@ KINDS = {"acdc": ["scribbles"], "msrc": ["clicks", "scribbles"], "voc": ["clicks
 QUICK = {"acdc": 200, "msrc": 120, "voc": 120, "folder": 120}  # steps
 # sweeps of ACDC are at half the resolution: 3 minutes a training
 SMALLER = {"acdc": {"side": 128, "crop": 112, "steps": 1200, "evaluations": 2, "amp": "bfloat16"}}
-MASS = {"acdc": 66.0, "msrc": 38.0}  # of the presets' kernels: a weight times this is the one of --normalise mass
 METRIC = {"acdc": "dice", "msrc": "miou", "voc": "miou", "folder": "miou"}
 NATIVE = {"acdc": "full", "msrc": "4"}  # the stride of the presets' networks
 SWEEPS: dict[str, tuple[str, tuple]] = {
@@ -53,7 +52,6 @@ SWEEPS: dict[str, tuple[str, tuple]] = {
     "labels": ("keep", (0.25, 0.5, 1.0)),
     "thickness": ("thickness", (1.0, 3.0, 5.0)),
 }
-CHANGES_MASS = ("radius", "sigma", "resolution")  # swept with and without normalisation
 # does a weight mean the same under other kernels and grids? each of these with each weight
 TRANSFER = "transfer"
 TRANSFER_WEIGHTS = (1, 10, 0.1, 30)  # times the preset's
@@ -69,7 +67,7 @@ TRANSFER_CHANGES: tuple[dict[str, object], ...] = (
 NOT_RECORDED = ("root", "labels_from")  # places on one machine
 LABEL_SETTINGS = ("thickness", "keep", "label_seed")  # mean nothing to dense labels
 # these mean nothing to partial cross entropy alone
-LOSS_SETTINGS = ("weight", "normalise", "delay", "ramp", "kernels", "sigma", "xy", "radius", "loss_stride", "gates")
+LOSS_SETTINGS = ("weight", "delay", "ramp", "kernels", "sigma", "xy", "radius", "loss_stride", "gates")
 DECIDED_HERE = ("data", "root", "labels", "loss", "seed", "evaluate_on")
 
 
@@ -195,9 +193,6 @@ def values_plans(base: Settings, sweep: str) -> list[Plan]:
         elif sweep == "resolution" and value == NATIVE.get(base.data):
             value = "native"
         found.append(plan(base, loss="gcrf", **{name: value}))
-        if sweep in CHANGES_MASS and base.data in MASS:
-            weight = round(base.weight * MASS[base.data], 6)
-            found.append(plan(base, loss="gcrf", normalise="mass", weight=weight, **{name: value}))
         if sweep in ("labels", "thickness"):
             found.append(plan(base, loss="pce", **{name: value}))
     return found

@@ -47,8 +47,7 @@ def crf(logits: Tensor, image: Tensor, labels: Tensor, validity: Tensor, setting
     """The Gated CRF loss of logits [N, C, h, w] on the grid, and with the gates, of the settings."""
     logits = to_grid(logits, settings.loss_stride, image.shape[2:])
     arguments = crf_arguments(image, labels, validity, logits.shape[2:], settings)
-    loss = gated_crf_loss(logits, from_logits=True, **arguments)
-    return loss / kernel_mass(arguments, logits.shape[2:]) if settings.normalise == "mass" else loss
+    return gated_crf_loss(logits, from_logits=True, **arguments)
 
 
 def to_grid(logits: Tensor, loss_stride: str, full: Sequence[int]) -> Tensor:
@@ -103,7 +102,7 @@ def kernel_mass(arguments: dict, grid: Sequence[int]) -> Tensor:
     """Mean over the pixels that count of their kernel's sum: the loss where no two predictions agree."""
     image = arguments["features"]["rgb"]
     disagreeing = image.new_zeros(len(image), 1, *grid)
-    return gated_crf_loss(disagreeing, **arguments).clamp(min=1e-6)
+    return gated_crf_loss(disagreeing, **arguments)
 
 
 def ramp(progress: float, settings: Settings) -> float:

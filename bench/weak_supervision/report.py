@@ -20,13 +20,7 @@ from .labels import UNLABELLED, draw, make_clicks, make_scribbles
 
 DENSE = "dense CE"
 METHODS = {"pce": "partial CE", "gcrf": "partial CE + Gated CRF"}
-OVER_MASS = ", over kernel mass"
-SWEPT = {  # curves of sweeps: colour and line
-    METHODS["pce"]: ("k", "--"),
-    METHODS["gcrf"]: ("C0", "-"),
-    METHODS["gcrf"] + OVER_MASS: ("C1", "-"),
-    DENSE: ("k", ":"),
-}
+SWEPT = {METHODS["pce"]: ("k", "--"), METHODS["gcrf"]: ("C0", "-"), DENSE: ("k", ":")}  # colour and line in sweeps
 Row = dict[str, str]
 
 
@@ -143,8 +137,7 @@ def draw_sweep(axis: Axes, rows: Sequence[Row], column: str, metric: str) -> Non
 
 def swept(row: Row) -> str:
     """What a row's curve is called in sweeps."""
-    name = DENSE if row["labels"] == "dense" else METHODS[row["loss"]]
-    return name + (OVER_MASS if row["normalise"] == "mass" else "")
+    return DENSE if row["labels"] == "dense" else METHODS[row["loss"]]
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,6 @@ class Settings:
     power: float = option(0.9, "of the polynomial by which it falls")
     weight_decay: float = option(0.0, "of the optimiser", least=0)
     weight: float = option(0.03, "of the Gated CRF loss", least=0)
-    normalise: str = option("none", "mass: divide the loss by the mean sum of a pixel's kernel", ("none", "mass"))
     delay: float = option(0.05, "share of the steps before the Gated CRF loss starts", least=0, most=1)
     ramp: float = option(0.2, "share of the steps over which its weight then rises", least=0)
     kernels: str = option("rgb+xy", "kernels, comma-separated, each of weight 1")
