@@ -416,15 +416,18 @@ def test_transfer_trains_every_weight_with_every_kernel_and_grid(
     assert {(row["side"], row["steps"], row["evaluate_on"]) for row in rows.values()} == {("128", "2", "held-out")}
     for name, row in rows.items():
         row["dice"] = {"acdc-scribbles-pce-held-out-0": "0.5", "acdc-dense-pce-held-out-0": "0.7"}.get(name, "0.65")
+    rows["acdc-scribbles-gcrf-radius=2-held-out-0"]["dice"] = "0.6"
     points = experiment.strengths(wanted, rows, "dice")
     assert [(point.kernel, point.weight) for point in points] == [
         *(("preset", 0.03), ("preset", 0.3), ("radius 2", 0.03), ("radius 2", 0.3))
     ]
-    assert [point.closed for point in points] == pytest.approx([0.75] * 4)
+    assert [point.gain for point in points] == pytest.approx([1, 1, 2 / 3, 1])
     assert points[0].mass > 2 * points[2].mass and points[0].masks > 2 * points[2].masks > 0
     report.draw_transfer(points, tmp_path / "transfer.png")
-    assert "weight x loss of the dense masks   explains" in capsys.readouterr().out
-    rows["acdc-dense-pce-held-out-0"]["dice"] = "0.4"
+    printed = capsys.readouterr().out
+    assert "acdc: weight is 0.03 at the best of 4, explains" in printed
+    assert "acdc: weight x loss of the dense masks is " in printed
+    rows["acdc-scribbles-pce-held-out-0"]["dice"] = "0.65"
     assert experiment.strengths(wanted, rows, "dice") == []
 
 

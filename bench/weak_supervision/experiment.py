@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
         if points:
             draw_transfer(points, options.out / f"{TRANSFER}.png")
         elif TRANSFER in options.sweep:
-            print("no gap between partial and dense cross entropy yet, of which to draw the share that is closed")
+            print("no gain over partial cross entropy yet, of which to draw shares")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
@@ -250,21 +250,17 @@ def run_all(data: str, wanted: list[Plan], options: argparse.Namespace) -> dict[
 
 
 def strengths(wanted: list[Plan], done: dict[str, dict[str, str]], metric: str) -> list[Strength]:
-    """What every training with the Gated CRF loss closed of the gap, if there is one, and how strong the loss was."""
-    ends: dict[bool, list[float]] = {False: [], True: []}  # without the loss: from weak and from dense labels
-    for row in done.values():
-        if row["loss"] == "pce":
-            ends[row["labels"] == "dense"].append(float(row[metric]))
-    if not (ends[False] and ends[True]):
+    """What every training with the Gated CRF loss gained, if any did, and how strong the loss was."""
+    without = [float(row[metric]) for row in done.values() if (row["loss"], row["labels"] != "dense") == ("pce", True)]
+    gains = {name: float(row[metric]) for name, row in done.items() if row["loss"] == "gcrf"}
+    if not without or not gains or max(gains.values()) <= statistics.fmean(without):
         return []
-    without, dense = map(statistics.fmean, ends.values())
-    if dense <= without:
-        return []
+    least, best = statistics.fmean(without), max(gains.values())
     found: list[Strength] = []
     losses: dict[tuple[object, ...], float] = {}
     for training in wanted:
         settings = training.settings
-        if settings.loss == "pce" or training.name not in done:
+        if training.name not in gains:
             continue
         if settings.loss_stride == "native":
             settings = dataclasses.replace(settings, loss_stride=NATIVE.get(settings.data, "full"))
@@ -280,7 +276,7 @@ def strengths(wanted: list[Plan], done: dict[str, dict[str, str]], metric: str) 
                 weight=settings.weight,
                 mass=float(row["kernel_mass"]),
                 masks=losses[kernel],
-                closed=(float(row[metric]) - without) / (dense - without),
+                gain=(gains[training.name] - least) / (best - least),
             )
         )
     return found

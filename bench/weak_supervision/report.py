@@ -94,7 +94,8 @@ def draw_curves(rows: Sequence[Row], metric: str, folder: Path, path: Path) -> N
                 values = [100 * point[column] if column == metric else point[column] for point in curve]
                 steps = [point["step"] for point in curve]
                 axis.plot(steps, values, color=f"C{number}", label=name if row is mine[0] else None)
-    axes[-1].legend(frameon=False)
+    lines, names = axes[-1].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=len(names), frameon=False)
     figure.savefig(path)
 
 
@@ -149,36 +150,41 @@ class Strength:
     weight: float
     mass: float  # of the kernel: the loss where no two predictions agree
     masks: float  # the loss of the dense masks
-    closed: float  # of the gap between partial and dense cross entropy
+    gain: float  # over partial cross entropy alone, as a share of the best gain on this data
 
 
 def draw_transfer(points: Sequence[Strength], path: Path) -> None:
-    """Share of the gap that is closed over three strengths of the loss: where curves meet, a weight transfers.
+    """Shares of the best gain over three strengths of the loss: where curves meet, a weight transfers.
 
-    Prints how much of the variance one parabola through all points explains on each axis.
+    Prints how much of a data set's variance one parabola through all its points explains on each axis.
     """
     strengths = {
         "weight": [point.weight for point in points],
         "weight x kernel mass": [point.weight * point.mass for point in points],
         "weight x loss of the dense masks": [point.weight * point.masks for point in points],
     }
-    closed = [100 * point.closed for point in points]
+    gains = [100 * point.gain for point in points]
     figure = Figure((12, 4), dpi=110, layout="constrained")
     panels = figure.subplots(1, len(strengths), sharey=True)
     print()
     for axis, (title, values) in zip(panels, strengths.items(), strict=True):
         curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
-        for point, value, share in zip(points, values, closed, strict=True):
+        for point, value, share in zip(points, values, gains, strict=True):
             curves.setdefault((point.data, point.kernel), []).append((value, share))
         for (data, kernel), curve in curves.items():
             style = "o-" if data == points[0].data else "s--"
             axis.plot(*zip(*sorted(curve), strict=True), style, ms=4, label=f"{data}, {kernel}")
         axis.axhline(0, color="k", lw=1)
-        axis.set(xscale="log", xlabel=title)
+        axis.set(xscale="log", xlabel=title, ylim=(max(min(gains) - 5, -60), 105))
         axis.spines[["top", "right"]].set_visible(False)
-        explained = variance_explained(values, closed)
-        print(f"{title:34} explains {explained:.0%} of the variance over {len(points)} trainings")
-    panels[0].set_ylabel("share of the gap to dense labels closed, %")
+        for data in dict.fromkeys(point.data for point in points):
+            mine = [
+                (value, gain) for point, value, gain in zip(points, values, gains, strict=True) if point.data == data
+            ]
+            best, _ = max(mine, key=lambda pair: pair[1])
+            explained = variance_explained(*zip(*mine, strict=True))
+            print(f"{data}: {title} is {best:.2g} at the best of {len(mine)}, explains {explained:.0%} of the variance")
+    panels[0].set_ylabel("gain over partial CE, % of the data set's best")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", frameon=False, fontsize=8)
     figure.savefig(path)
 
@@ -186,7 +192,7 @@ def draw_transfer(points: Sequence[Strength], path: Path) -> None:
 def variance_explained(strengths: Sequence[float], scores: Sequence[float]) -> float:
     """R squared of the least-squares parabola over the logarithm."""
     logarithms = np.log(strengths)
-    if len(set(strengths)) <= 3 or len(set(scores)) == 1:
+    if len(scores) <= 3 or len(set(strengths)) < 3 or len(set(scores)) == 1:
         return math.nan
     residuals = np.asarray(scores) - np.polyval(np.polyfit(logarithms, scores, 2), logarithms)
     return 1 - float(np.var(residuals) / np.var(scores))
