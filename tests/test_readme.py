@@ -33,3 +33,13 @@ def test_the_table_is_that_of_the_measurements(capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if re.search(r"\d x \d", line)]
     shown = [line for line in README.splitlines() if line in lines]
     assert len(shown) >= 5 and all(f"| {name}" in "".join(shown) for name in ("official-clicks", "voc-full", "wsl4mis"))
+
+
+@pytest.mark.parametrize(("data", "metric"), [("acdc", "dice"), ("msrc", "miou")])
+def test_the_tables_of_weak_supervision_are_those_of_the_trainings(data, metric):
+    from bench.weak_supervision.experiment import read_rows
+    from bench.weak_supervision.report import table_of
+
+    rows = read_rows(ROOT / "bench/results/weak_supervision" / f"{data}.csv")
+    lines = table_of([row for row in rows if row["evaluate_on"] == "test"], metric).splitlines()
+    assert len(lines) >= 5 and set(lines) <= set(README.splitlines())
