@@ -130,7 +130,7 @@ def draw_sweep(axis: Axes, rows: Sequence[Row], column: str, metric: str) -> Non
         axis.plot(range(len(values)), means, colour + line, label=name)
         for place, found in enumerate(scores.values()):
             axis.plot([place] * len(found), found, colour + "o", ms=4)
-        print(f"{name:42}" + "".join(f"{value:>9}: {mean:4.1f}" for value, mean in zip(values, means, strict=True)))
+        print(f"{name:42}" + "".join(f"{value:>13}: {mean:4.1f}" for value, mean in zip(values, means, strict=True)))
     axis.set_xticks(range(len(values)), values)
     axis.set_xlabel(column.replace("_", " "))
     axis.spines[["top", "right"]].set_visible(False)
