@@ -1,8 +1,10 @@
 import importlib.util
 import os
+from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: kernels run on the CPU
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +17,60 @@ def poisoned_allocations():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny pictures train faster on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def acdc(tmp_path: Path) -> Path:
+    """Five training patients and two for testing, two slices each, of different sizes."""
+    h5py = pytest.importorskip("h5py")
+    random = np.random.default_rng(0)
+    (tmp_path / "acdc" / "slices").mkdir(parents=True)
+    for split, patients in (("train", range(1, 6)), ("test", range(6, 8))):
+        names = [f"patient{number:03}_frame01_slice_{place}.h5" for number in patients for place in range(2)]
+        (tmp_path / "acdc" / f"{split}.txt").write_text("\n".join(names) + "\n")
+        for name in names:
+            label = np.zeros((40 + int(random.integers(3)), 36), np.uint8)
+            label[8:32, 8:30] = 2
+            label[14:26, 14:24] = 3
+            label[8:32, 2:8] = 1
+            scribble = np.full(label.shape, 4, np.uint16)
+            for column in (4, 11, 19, 33):
+                scribble[18:22, column] = label[18:22, column]
+            with h5py.File(tmp_path / "acdc" / "slices" / name, "w") as file:
+                file["image"] = (label / 4 + random.normal(0, 0.02, label.shape)).clip(0, 1).astype(np.float32)
+                file["label"], file["scribble"] = label, scribble
+    return tmp_path / "acdc"
+
+
+@pytest.fixture
+def msrc(tmp_path: Path) -> Path:
+    """Photographs of a dark and a bright half with palette masks, in the layout of PASCAL VOC."""
+    Image = pytest.importorskip("PIL.Image")
+    root = tmp_path / "msrc"
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    names = [f"photo_{number}" for number in range(14)]
+    (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(names[:10]))
+    (root / "ImageSets/Segmentation/val.txt").write_text("\n".join(names[10:]))
+    (root / "classes.txt").write_text("dark\nbright\n")
+    for number, name in enumerate(names):
+        mask = np.zeros((36, 48), np.uint8)
+        mask[:, 14 + number :] = 1
+        mask[:, 13 + number] = 255
+        image = Image.fromarray(mask, "P")
+        image.putpalette([0, 0, 0, 128, 0, 0] * 128)  # all 256, or PNG keeps one bit of 255
+        image.save(root / "SegmentationClass" / f"{name}.png")
+        Image.fromarray(np.where(mask == 1, 200, 40).astype(np.uint8)).save(root / "JPEGImages" / f"{name}.jpg")
+    return root
 
 
 @pytest.fixture(autouse=True)

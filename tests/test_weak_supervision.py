@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +16,8 @@ from PIL import Image
 from torch import nn
 
 from bench.weak_supervision import __main__ as command
-from bench.weak_supervision import boundaries, experiment, losses, report
-from bench.weak_supervision.data import Slices, open_collection, open_data
+from bench.weak_supervision import losses
+from bench.weak_supervision.data import Slices, open_data
 from bench.weak_supervision.networks import build_network
 from bench.weak_supervision.scores import Scores
 from bench.weak_supervision.settings import Settings, preset
@@ -61,58 +59,7 @@ class Named(nn.Conv2d):
         return {"out": super().forward(image)}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny pictures train faster on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def acdc(tmp_path: Path) -> Path:
-    """Five training patients and two for testing, two slices each, of different sizes."""
-    h5py = pytest.importorskip("h5py")
-    random = np.random.default_rng(0)
-    (tmp_path / "acdc" / "slices").mkdir(parents=True)
-    for split, patients in (("train", range(1, 6)), ("test", range(6, 8))):
-        names = [f"patient{number:03}_frame01_slice_{place}.h5" for number in patients for place in range(2)]
-        (tmp_path / "acdc" / f"{split}.txt").write_text("\n".join(names) + "\n")
-        for name in names:
-            label = np.zeros((40 + int(random.integers(3)), 36), np.uint8)
-            label[8:32, 8:30] = 2
-            label[14:26, 14:24] = 3
-            label[8:32, 2:8] = 1
-            scribble = np.full(label.shape, 4, np.uint16)
-            for column in (4, 11, 19, 33):
-                scribble[18:22, column] = label[18:22, column]
-            with h5py.File(tmp_path / "acdc" / "slices" / name, "w") as file:
-                file["image"] = (label / 4 + random.normal(0, 0.02, label.shape)).clip(0, 1).astype(np.float32)
-                file["label"], file["scribble"] = label, scribble
-    return tmp_path / "acdc"
-
-
-@pytest.fixture
-def msrc(tmp_path: Path) -> Path:
-    """Photographs of a dark and a bright half with palette masks, in the layout of PASCAL VOC."""
-    root = tmp_path / "msrc"
-    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (root / folder).mkdir(parents=True)
-    names = [f"photo_{number}" for number in range(14)]
-    (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(names[:10]))
-    (root / "ImageSets/Segmentation/val.txt").write_text("\n".join(names[10:]))
-    (root / "classes.txt").write_text("dark\nbright\n")
-    for number, name in enumerate(names):
-        mask = np.zeros((36, 48), np.uint8)
-        mask[:, 14 + number :] = 1
-        mask[:, 13 + number] = 255
-        image = Image.fromarray(mask, "P")
-        image.putpalette([0, 0, 0, 128, 0, 0] * 128)  # all 256, or PNG keeps one bit of 255
-        image.save(root / "SegmentationClass" / f"{name}.png")
-        Image.fromarray(np.where(mask == 1, 200, 40).astype(np.uint8)).save(root / "JPEGImages" / f"{name}.jpg")
-    return root
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(data: str, root: Path, **changes: object) -> Settings:
@@ -312,15 +259,32 @@ def test_scores_of_a_known_mistake() -> None:
     truth[:, 35:] = 255
     prediction = np.where(truth == 255, 2, truth)
     prediction[:, 20:25] = 1
-    scores.add("a", truth, prediction)
+    scores.add("a", truth, one_hot(prediction))
     found = scores.summary()
     assert found["iou left"] == pytest.approx(20 / 25, abs=1e-5)
     assert found["iou background"] == pytest.approx(10 / 15, abs=1e-5)
     assert found["miou"] == pytest.approx((20 / 25 + 10 / 15) / 2, abs=1e-5)  # nobody said right where it counts
     assert found["dice"] == pytest.approx(40 / 45, abs=1e-5)
     assert found["boundary_miou"] < found["miou"]
-    scores.add("b", truth, truth.clip(0, 1))
+    scores.add("b", truth, one_hot(truth.clip(0, 1)))
+    scores.add("c", np.full_like(truth, 255), one_hot(truth.clip(0, 1)))  # all void
     assert scores.summary()["dice"] == pytest.approx((40 / 45 + 1) / 2, abs=1e-5)  # volumes weigh the same
+
+
+def test_scores_with_the_classes_told_have_no_confusion_with_others() -> None:
+    scores = Scores(("background", "cow", "sheep"))
+    truth = np.zeros((40, 40), np.uint8)
+    truth[:, :20] = 1
+    logits = one_hot(truth)
+    logits[2, :, :20] = 2  # sheep where cows are
+    scores.add("a", truth, logits)
+    assert scores.summary()["miou"] == pytest.approx(1 / 3, abs=1e-5)
+    assert scores.summary()["miou_classes_told"] == 1
+
+
+def one_hot(prediction: np.ndarray) -> np.ndarray:
+    """Logits [3, H, W]."""
+    return (np.arange(3)[:, None, None] == prediction).astype(np.float32)
 
 
 @pytest.mark.parametrize(("name", "stride"), [("unet", 1), ("lite0", 4), ("lite0-full", 1)])
@@ -334,135 +298,6 @@ def test_networks(name: str, stride: int) -> None:
     logits.sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())  # DDP waits for every one
     assert network.eval()(torch.rand(1, 3, 50, 70)).shape[1] == 5
-
-
-def experiment_arguments(acdc: Path, msrc: Path, out: Path) -> list[str]:
-    data = ["--acdc", str(acdc), "--msrc", str(msrc), "--out", str(out), "--network", NETWORK]
-    return [*data, "--steps", "2", "--crop", "24", "--batch", "2", "--evaluations", "1"]
-
-
-def test_experiment(
-    acdc: Path, msrc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = experiment_arguments(acdc, msrc, tmp_path / "out")
-    experiment.main([*arguments, "--seeds", "2"])
-    with (tmp_path / "out" / "msrc.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["run"] for row in rows[:5]] == [
-        *("msrc-clicks-pce-0", "msrc-clicks-gcrf-0", "msrc-dense-pce-0"),
-        *("msrc-scribbles-pce-0", "msrc-scribbles-gcrf-0"),
-    ]
-    assert len(rows) == 10 and {row["evaluate_on"] for row in rows} == {"test"}
-    assert str(tmp_path) not in (tmp_path / "out" / "msrc.csv").read_text()
-    assert all((float(row["loss_share"]) > 0) == (row["loss"] == "gcrf") for row in rows)
-    assert all(row["revision"] and row["iou bright"] and float(row["seconds_per_step"]) > 0 for row in rows)
-    for name in ("acdc-panel.png", "acdc-curves.png", "msrc-panel.png"):
-        with Image.open(tmp_path / "out" / name) as picture:
-            assert picture.width > 300
-    printed = capsys.readouterr().out
-    assert " ± " in printed and "gap closed" in printed and "clicks: partial CE + Gated CRF" in printed
-
-    monkeypatch.setattr(experiment, "train", None)  # everything is there: nothing is trained again
-    monkeypatch.setattr(experiment, "draw_curves", lambda *_: None)
-    monkeypatch.setattr(experiment, "draw_panel", lambda *_: None)
-    experiment.main([*arguments, "--seeds", "2"])
-    capsys.readouterr()
-    changes = ["--weight", "0.5", "--report"]
-    experiment.main([*arguments, *changes])  # only the loss has a weight
-    assert "Gated CRF |" not in (printed := capsys.readouterr().out) and "dense CE" in printed
-    names = [p.name for p in experiment.table_plans("acdc", "", *experiment.parse_arguments([*arguments, *changes]))]
-    assert names[:3] == ["acdc-scribbles-pce-0", "acdc-scribbles-gcrf-weight=0.5-0", "acdc-dense-pce-0"]
-    with pytest.raises(SystemExit, match=r"acdc.csv: expected acdc-scribbles-pce-0 with steps=9, got 2"):
-        experiment.main([*arguments, "--steps", "9"])
-
-
-def test_sweeps_are_scored_on_what_is_held_apart(
-    acdc: Path, msrc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = experiment_arguments(acdc, msrc, tmp_path / "out")
-    experiment.main([*arguments[:2], *arguments[4:], "--sweep", "sigma", "labels"])
-    with (tmp_path / "out" / "acdc.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert rows[0]["loss"] == "pce" and {row["evaluate_on"] for row in rows} == {"held-out"}
-    assert rows[1]["labels"] == "dense" and {row["side"] for row in rows} == {"128"}
-    assert [(row["sigma"], row["keep"]) for row in rows[2:6]] == [
-        (sigma, "1.0") for sigma in ("0.03", "0.06", "0.1", "0.2")
-    ]
-    assert [(row["keep"], row["loss"]) for row in rows[6:]] == [
-        (keep, loss) for keep in ("0.25", "0.5") for loss in ("gcrf", "pce")
-    ]
-    assert (tmp_path / "out" / "acdc-sweeps.png").exists()
-    printed = capsys.readouterr().out
-    assert "nan" not in printed and "dense CE" in printed
-    options, changes = experiment.parse_arguments([*arguments, "--sweep", "radius"])
-    radius = experiment.sweep_plans("acdc", str(acdc), options, changes, "radius")
-    assert len({training.name for training in radius} - {row["run"] for row in rows}) == 3  # the rest is there
-
-
-def test_transfer_trains_every_weight_with_every_kernel_and_grid(
-    acdc: Path, msrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = experiment_arguments(acdc, msrc, tmp_path / "out")
-    options, changes = experiment.parse_arguments([*arguments, "--sweep", "transfer"])
-    names = [p.name for p in experiment.sweep_plans("msrc", str(msrc), options, changes, "transfer")]
-    assert len(names) == len(set(names)) == 2 + 4 * 6 + 2  # stride 4 is the network's own
-    assert names[1] == "msrc-dense-pce-held-out-0" and "msrc-clicks-gcrf-weight=0.1-sigma=0.3-held-out-0" in names
-    monkeypatch.setattr(experiment, "TRANSFER_WEIGHTS", (1, 10))
-    monkeypatch.setattr(experiment, "TRANSFER_CHANGES", ({}, {"radius": 2}))
-    monkeypatch.setitem(experiment.SWEEPS, "weight", ("weight", (1, 10)))
-    wanted = experiment.sweep_plans("acdc", str(acdc), options, changes, "transfer")
-    options.out.mkdir()
-    rows = experiment.run_all("acdc", wanted, options)
-    assert {(row["side"], row["steps"], row["evaluate_on"]) for row in rows.values()} == {("128", "2", "held-out")}
-    for name, row in rows.items():
-        row["dice"] = {"acdc-scribbles-pce-held-out-0": "0.5", "acdc-dense-pce-held-out-0": "0.7"}.get(name, "0.65")
-    rows["acdc-scribbles-gcrf-radius=2-held-out-0"]["dice"] = "0.6"
-    points = experiment.strengths(wanted, rows, "dice")
-    assert [(point.kernel, point.weight) for point in points] == [
-        *(("preset", 0.03), ("preset", 0.3), ("radius 2", 0.03), ("radius 2", 0.3))
-    ]
-    assert [point.gain for point in points] == pytest.approx([1, 1, 2 / 3, 1])
-    assert points[0].mass > 2 * points[2].mass and points[0].masks > 2 * points[2].masks > 0
-    report.draw_transfer(points, tmp_path / "transfer.png")
-    printed = capsys.readouterr().out
-    assert "acdc: weight is 0.03 at the best of 4, explains" in printed
-    assert "acdc: weight x loss of the dense masks is " in printed
-    rows["acdc-scribbles-pce-held-out-0"]["dice"] = "0.65"
-    assert experiment.strengths(wanted, rows, "dice") == []
-
-
-def test_variance_that_a_parabola_explains() -> None:
-    strengths = [0.01, 0.1, 1.0, 10.0]
-    assert report.variance_explained(strengths, [1.0, 4.0, 5.0, 4.0]) == pytest.approx(1)
-    assert report.variance_explained(strengths, [1.0, -3.0, 3.0, -1.0]) == pytest.approx(0)  # the cubic part alone
-    assert np.isnan(report.variance_explained(strengths[:3], [1.0, 2.0, 0.0]))
-
-
-def test_loss_of_dense_masks(msrc: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = preset("msrc", root=str(msrc), loss_stride="full", radius=2, xy=1e6, kernels="xy")
-    collection = open_collection(settings)
-    collection.lists["train"] = ["photo_0"]
-    found = boundaries.loss_of_masks(collection, settings)
-    mask = collection.read_mask("photo_0")
-    known, pairs, crossed = mask != 255, 0, 0
-    for down in range(-2, 3):
-        for right in range(-2, 3):
-            if down or right:
-                rows, columns = slice(max(down, 0), 36 + min(down, 0)), slice(max(right, 0), 48 + min(right, 0))
-                there = slice(rows.start - down, rows.stop - down), slice(columns.start - right, columns.stop - right)
-                both = known[rows, columns] & known[there]
-                pairs += both.sum()
-                crossed += (both & (mask[rows, columns] != mask[there])).sum()
-    assert found.mass == pytest.approx(pairs / known.sum(), rel=1e-5)
-    assert found.loss == pytest.approx(crossed / known.sum(), rel=1e-5)
-    boundaries.main(["--data", "msrc", "--root", str(msrc)])
-    lines = capsys.readouterr().out.splitlines()[2:]
-    shares = [float(line.split()[-3].removesuffix("%")) for line in lines]
-    assert len(shares) == 14 and shares[0] < 0.01 < 1 < shares[6]  # colour tells dark from bright
-    mass, weight = (float(lines[6].split()[column]) for column in (2, -1))
-    assert weight * mass == pytest.approx(boundaries.STRENGTH, rel=0.1)
-    with pytest.raises(SystemExit, match="root: expected the folder"):
-        boundaries.main(["--data", "msrc"])
 
 
 def test_what_is_held_apart_is_not_trained_on(acdc: Path, msrc: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from gcrf_triton import gated_crf_loss, partial_cross_entropy
 
 from ..weak_supervision.networks import UNet
-from .example import Example, fail, labelled_share, mean_iou, read_example, reduce_example, score, voc_example
+from .example import Example, labelled_share, mean_iou, read_example, reduce_example, score, voc_example
 from .report import Run, draw_curves, draw_panel, print_table, save_mask, write_csv
 
 METHODS: dict[str, Mapping[str, float] | None] = {
@@ -46,9 +46,12 @@ LEARNING_RATE = 1e-2
 def main(arguments: list[str] | None = None) -> None:
     """Train every method with every seed; print a table and write pictures, a mask and a CSV."""
     options = parse_arguments(arguments)
-    prepare_folder(options.out)
-    example = read_example(options.image, options.scribbles, options.truth) if options.image else voc_example()
-    image, labels = reduce_example(example, options.side)
+    try:
+        prepare_folder(options.out)
+        example = read_example(options.image, options.scribbles, options.truth) if options.image else voc_example()
+        image, labels = reduce_example(example, options.side)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     print(
         f"{example.name}: {example.photo.width} x {example.photo.height} pixels, trained at "
         f"{image.shape[3]} x {image.shape[2]}, {len(example.class_names)} classes, strokes on "
@@ -113,7 +116,7 @@ def prepare_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        fail(f"{folder}: expected a folder to write to, got {error.strerror}")
+        raise ValueError(f"{folder}: expected a folder to write to, got {error.strerror}") from error
 
 
 class CoordinateUNet(UNet):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import imgviz
 import numpy as np
@@ -17,11 +15,12 @@ from scipy.ndimage import distance_transform_edt
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
+from ..weak_supervision.data import open_picture
+from ..weak_supervision.labels import UNLABELLED
 from ..weak_supervision.scores import near_boundary, overlap
 
 SCRIBBLES = Path(__file__).with_name("scribbles.json")
 OUTLINE = 4  # pixels of void around the objects of VOC
-UNLABELLED = 255
 NO_KEY = -1
 MOST_CLASSES = 64
 
@@ -61,19 +60,19 @@ def voc_example() -> Example:
 
 def read_example(image_path: Path, scribbles_path: Path, truth_path: Path | None) -> Example:
     """Read a user's photograph, strokes and truth."""
-    photo = ImageOps.exif_transpose(open_image(image_path)).convert("RGB")
+    photo = ImageOps.exif_transpose(open_picture(image_path)).convert("RGB")
     keys, palette = read_keys(scribbles_path, photo.size)
     classes = np.unique(keys[keys != NO_KEY]).tolist()
     if not 2 <= len(classes) <= MOST_CLASSES:
-        fail(f"{scribbles_path}: expected strokes of 2 to {MOST_CLASSES} classes, got {len(classes)}")
+        raise ValueError(f"{scribbles_path}: expected strokes of 2 to {MOST_CLASSES} classes, got {len(classes)}")
     truth = None
     if truth_path is not None:
         truth_keys, _ = read_keys(truth_path, photo.size)
         unknown = np.setdiff1d(truth_keys, [*classes, NO_KEY])
         if len(unknown):
-            fail(f"{truth_path}: expected the classes of {scribbles_path}, got {len(unknown)} others")
+            raise ValueError(f"{truth_path}: expected the classes of {scribbles_path}, got {len(unknown)} others")
         if len(np.unique(truth_keys[truth_keys != NO_KEY])) < 2:
-            fail(f"{truth_path}: expected at least 2 classes, got fewer")
+            raise ValueError(f"{truth_path}: expected at least 2 classes, got fewer")
         truth = number_classes(truth_keys, classes)
     if palette is None:
         colours = np.array([(key >> 16, key >> 8 & 255, key & 255) for key in classes], np.uint8)
@@ -84,22 +83,13 @@ def read_example(image_path: Path, scribbles_path: Path, truth_path: Path | None
     return Example(image_path.name, photo, number_classes(keys, classes), truth, names, values, colours)
 
 
-def open_image(path: Path) -> Image.Image:
-    """Read a picture in full."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or "something else"
-        fail(f"{path}: expected a readable picture, got {reason}")
-
-
 def read_keys(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
     """Read class keys [H, W] and the palette [256, 3], or packed colours and None from a colour picture."""
-    image = open_image(path)
+    image = open_picture(path)
     if image.size != size:
-        fail(f"{path}: expected {size[0]} x {size[1]} pixels as in the photograph, got {image.width} x {image.height}")
+        raise ValueError(
+            f"{path}: expected {size[0]} x {size[1]} pixels as in the photograph, got {image.width} x {image.height}"
+        )
     if image.mode in ("P", "L", "1"):
         palette = imgviz.label_colormap().copy()
         if image.mode == "P":
@@ -125,12 +115,16 @@ def reduce_example(example: Example, side: int) -> tuple[Tensor, Tensor]:
     scale = min(1.0, side / max(example.photo.size))
     width, height = (round(length * scale) for length in example.photo.size)
     if min(width, height) < 8:
-        fail(f"{example.name}: expected at least 8 pixels a side in training, got {width} x {height}; see --side")
+        raise ValueError(
+            f"{example.name}: expected at least 8 pixels a side in training, got {width} x {height}; see --side"
+        )
     photo = np.array(example.photo.resize((width, height), Image.Resampling.LANCZOS))
     labels = np.array(Image.fromarray(example.scribbles).resize((width, height), Image.Resampling.NEAREST))
     lost = np.setdiff1d(example.scribbles, [*labels.flat, UNLABELLED])
     if len(lost):
-        fail(f"{example.name}: expected strokes to outlast --side {side}, lost class {example.class_names[lost[0]]}")
+        raise ValueError(
+            f"{example.name}: expected strokes to outlast --side {side}, lost class {example.class_names[lost[0]]}"
+        )
     return torch.from_numpy(photo).permute(2, 0, 1)[None] / 255, torch.from_numpy(labels)[None]
 
 
@@ -154,8 +148,3 @@ def mean_iou(iou: np.ndarray) -> float:
 def labelled_share(example: Example) -> float:
     """The part of the photograph's pixels that strokes cover."""
     return float((example.scribbles != UNLABELLED).mean())
-
-
-def fail(message: str) -> NoReturn:
-    """End with one line on stderr."""
-    sys.exit(f"error: {message}")

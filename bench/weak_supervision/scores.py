@@ -1,4 +1,4 @@
-"""Scores of predicted masks against dense ones."""
+"""Scores of predictions against dense masks."""
 
 from __future__ import annotations
 
@@ -14,25 +14,31 @@ BAND = 5  # pixels of the image to either side of a boundary
 
 
 class Scores:
-    """Confusion matrices [C, C] of groups of images, and of the band around all boundaries; void is left out."""
+    """Confusion matrices [C, C]: of groups of images, of the band around all boundaries, and of all images when
+    predictions choose among the classes that the image has. Void is left out."""
 
     def __init__(self, class_names: Sequence[str]) -> None:
         self.class_names = class_names
         self.groups: dict[str, np.ndarray] = {}
-        self.band = self._count(np.zeros(0, np.uint8), np.zeros(0, np.uint8))
+        self.band = self.told = self._count(np.zeros(0, np.uint8), np.zeros(0, np.uint8))
 
-    def add(self, group: str, truth: np.ndarray, prediction: np.ndarray) -> None:
-        """Count one image, both [H, W]."""
-        known = truth != UNLABELLED
+    def add(self, group: str, truth: np.ndarray, logits: np.ndarray) -> None:
+        """Count one image: truth [H, W], logits [C, H, W]."""
+        prediction, known = logits.argmax(0), truth != UNLABELLED
+        present = np.isin(np.arange(len(logits)), truth)
+        told = np.where(present[:, None, None], logits, -np.inf).argmax(0)
         self.groups[group] = self.groups.get(group, 0) + self._count(truth[known], prediction[known])
+        self.told = self.told + self._count(truth[known], told[known])
         known &= near_boundary(truth)
-        self.band += self._count(truth[known], prediction[known])
+        self.band = self.band + self._count(truth[known], prediction[known])
 
     def summary(self) -> dict[str, float]:
-        """Mean IoU, that of the band, Dice averaged over groups and foreground classes, and the IoU of each class."""
-        iou, band = (overlap(counts, "iou") for counts in (sum(self.groups.values()), self.band))
+        """Mean IoU, that of the band and with an image's classes told, Dice averaged over groups and foreground
+        classes, and the IoU of each class."""
+        iou, band, told = (overlap(counts, "iou") for counts in (sum(self.groups.values()), self.band, self.told))
         dice = np.array([overlap(counts, "dice") for counts in self.groups.values()])[:, 1:]
-        scores = {"miou": np.nanmean(iou), "boundary_miou": np.nanmean(band), "dice": np.nanmean(dice)}
+        scores = {"miou": np.nanmean(iou), "boundary_miou": np.nanmean(band), "miou_classes_told": np.nanmean(told)}
+        scores["dice"] = np.nanmean(dice)
         scores |= {f"iou {name}": value for name, value in zip(self.class_names, iou, strict=True)}
         return {name: round(float(value), 5) for name, value in scores.items()}
 

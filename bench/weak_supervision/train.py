@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as distributed
 import torch.nn.functional as F
@@ -196,9 +197,9 @@ def train(settings: Settings, data: Data, out: Path) -> Result | None:
         return None
     torch.save(trainer.network.state_dict(), out / NETWORK)
     shown = data.testing[:: max(len(data.testing) // PICTURES_KEPT, 1)][:PICTURES_KEPT]
-    for name, prediction in predict(trainer.network, data, settings, shown):
+    for name, logits in predict(trainer.network, data, settings, shown):
         (out / "predictions").mkdir(exist_ok=True)
-        Image.fromarray(prediction).save(out / "predictions" / f"{stem(name)}.png")
+        Image.fromarray(logits.argmax(0).astype(np.uint8)).save(out / "predictions" / f"{stem(name)}.png")
     alone, mass = time_loss(*last, settings)
     seconds = statistics.median(progress.seconds)
     return Result(progress.curve[-1], progress.curve, seconds, alone * settings.accumulate / seconds, mass)
@@ -207,14 +208,14 @@ def train(settings: Settings, data: Data, out: Path) -> Result | None:
 def evaluate(network: nn.Module, data: Data, settings: Settings) -> Scores:
     """Score the test images at their own resolution."""
     scores = Scores(data.collection.class_names)
-    for name, prediction in predict(network, data, settings, data.testing):
-        scores.add(data.collection.group(name), data.collection.read_mask(name), prediction)
+    for name, logits in predict(network, data, settings, data.testing):
+        scores.add(data.collection.group(name), data.collection.read_mask(name), logits)
     return scores
 
 
 @torch.no_grad()
-def predict(network: nn.Module, data: Data, settings: Settings, names: list[str]) -> Iterator[tuple[str, object]]:
-    """Names and the most likely classes [H, W] uint8 at the image's own resolution."""
+def predict(network: nn.Module, data: Data, settings: Settings, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and logits [C, H, W] at the image's own resolution."""
     network.eval()
     device = next(network.parameters()).device
     for name in names:
@@ -222,7 +223,7 @@ def predict(network: nn.Module, data: Data, settings: Settings, names: list[str]
         height, width = image.shape[1:]
         smaller, _ = shorten(image, torch.zeros(height, width, dtype=torch.uint8), settings.side, thin=False)
         logits = network(as_input(smaller[None].to(device))).float()
-        yield name, F.interpolate(logits, (height, width), mode="bilinear")[0].argmax(0).byte().cpu().numpy()
+        yield name, F.interpolate(logits, (height, width), mode="bilinear")[0].cpu().numpy()
 
 
 def make_optimizer(settings: Settings, network: nn.Module) -> torch.optim.Optimizer:
