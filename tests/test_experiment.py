@@ -30,8 +30,8 @@ def test_experiment(
     with (tmp_path / "out" / "msrc.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["run"] for row in rows[:5]] == [
-        *("msrc-clicks-pce-0", "msrc-clicks-gcrf-0", "msrc-dense-pce-0"),
-        *("msrc-scribbles-pce-0", "msrc-scribbles-gcrf-0"),
+        *("msrc-clicks-pce-steps=2-0", "msrc-clicks-gcrf-steps=2-0", "msrc-dense-pce-steps=2-0"),
+        *("msrc-scribbles-pce-steps=2-0", "msrc-scribbles-gcrf-steps=2-0"),
     ]
     assert len(rows) == 10 and {row["evaluate_on"] for row in rows} == {"test"}
     assert str(tmp_path) not in (tmp_path / "out" / "msrc.csv").read_text()
@@ -41,7 +41,9 @@ def test_experiment(
         with Image.open(tmp_path / "out" / name) as picture:
             assert picture.width > 300
     printed = capsys.readouterr().out
-    assert " ± " in printed and "gap closed" in printed and "clicks: partial CE + Gated CRF" in printed
+    assert (
+        " ± " in printed and "classes told, % | gap closed" in printed and "clicks: partial CE + Gated CRF" in printed
+    )
 
     monkeypatch.setattr(experiment, "train", None)  # everything is there: nothing is trained again
     monkeypatch.setattr(experiment, "draw_curves", lambda *_: None)
@@ -52,9 +54,13 @@ def test_experiment(
     experiment.main([*arguments, *changes])  # only the loss has a weight
     assert "Gated CRF |" not in (printed := capsys.readouterr().out) and "dense CE" in printed
     names = [p.name for p in experiment.table_plans("acdc", "", *experiment.parse_arguments([*arguments, *changes]))]
-    assert names[:3] == ["acdc-scribbles-pce-0", "acdc-scribbles-gcrf-weight=0.5-0", "acdc-dense-pce-0"]
-    with pytest.raises(SystemExit, match=r"acdc.csv: expected acdc-scribbles-pce-0 with steps=9, got 2"):
-        experiment.main([*arguments, "--steps", "9"])
+    assert names[:3] == [
+        "acdc-scribbles-pce-steps=2-0",
+        "acdc-scribbles-gcrf-weight=0.5-steps=2-0",
+        "acdc-dense-pce-steps=2-0",
+    ]
+    with pytest.raises(SystemExit, match=r"acdc.csv: expected acdc-scribbles-pce-steps=2-0 with crop=25, got 24"):
+        experiment.main([*arguments, "--crop", "25"])
 
 
 def test_sweeps_are_scored_on_what_is_held_apart(
@@ -78,6 +84,9 @@ def test_sweeps_are_scored_on_what_is_held_apart(
     options, changes = experiment.parse_arguments([*arguments, "--sweep", "radius"])
     radius = experiment.sweep_plans("acdc", str(acdc), options, changes, "radius")
     assert len({training.name for training in radius} - {row["run"] for row in rows}) == 3  # the rest is there
+    length = experiment.sweep_plans("acdc", str(acdc), options, {}, "length")
+    assert {training.settings.steps for training in length} == {600, 1200, 2400}  # a sweep's usual 1200 go unnamed
+    assert {"acdc-dense-pce-held-out-0", "acdc-scribbles-pce-steps=2400-held-out-0"} < {p.name for p in length}
 
 
 def test_transfer_trains_every_weight_with_every_kernel_and_grid(
@@ -87,7 +96,10 @@ def test_transfer_trains_every_weight_with_every_kernel_and_grid(
     options, changes = experiment.parse_arguments([*arguments, "--sweep", "transfer"])
     names = [p.name for p in experiment.sweep_plans("msrc", str(msrc), options, changes, "transfer")]
     assert len(names) == len(set(names)) == 2 + 4 * 6 + 2  # stride 4 is the network's own
-    assert names[1] == "msrc-dense-pce-held-out-0" and "msrc-clicks-gcrf-weight=0.1-sigma=0.3-held-out-0" in names
+    assert (
+        names[1] == "msrc-dense-pce-steps=2-held-out-0"
+        and "msrc-clicks-gcrf-weight=0.1-sigma=0.3-steps=2-held-out-0" in names
+    )
     monkeypatch.setattr(experiment, "TRANSFER_WEIGHTS", (1, 10))
     monkeypatch.setattr(experiment, "TRANSFER_CHANGES", ({}, {"radius": 2}))
     monkeypatch.setitem(experiment.SWEEPS, "weight", ("weight", (1, 10)))
@@ -96,8 +108,10 @@ def test_transfer_trains_every_weight_with_every_kernel_and_grid(
     rows = experiment.run_all("acdc", wanted, options)
     assert {(row["side"], row["steps"], row["evaluate_on"]) for row in rows.values()} == {("128", "2", "held-out")}
     for name, row in rows.items():
-        row["dice"] = {"acdc-scribbles-pce-held-out-0": "0.5", "acdc-dense-pce-held-out-0": "0.7"}.get(name, "0.65")
-    rows["acdc-scribbles-gcrf-radius=2-held-out-0"]["dice"] = "0.6"
+        row["dice"] = {"acdc-scribbles-pce-steps=2-held-out-0": "0.5", "acdc-dense-pce-steps=2-held-out-0": "0.7"}.get(
+            name, "0.65"
+        )
+    rows["acdc-scribbles-gcrf-radius=2-steps=2-held-out-0"]["dice"] = "0.6"
     points = experiment.strengths(wanted, rows, "dice")
     assert [(point.kernel, point.weight) for point in points] == [
         *(("preset", 0.03), ("preset", 0.3), ("radius 2", 0.03), ("radius 2", 0.3))
@@ -108,7 +122,7 @@ def test_transfer_trains_every_weight_with_every_kernel_and_grid(
     printed = capsys.readouterr().out
     assert "acdc: weight is 0.03 at the best of 4, explains" in printed
     assert "acdc: weight x loss of the dense masks is " in printed
-    rows["acdc-scribbles-pce-held-out-0"]["dice"] = "0.65"
+    rows["acdc-scribbles-pce-steps=2-held-out-0"]["dice"] = "0.65"
     assert experiment.strengths(wanted, rows, "dice") == []
 
 

@@ -42,7 +42,8 @@ SMALLER = {"acdc": {"side": 128, "crop": 112, "steps": 1200, "evaluations": 2, "
 METRIC = {"acdc": "dice", "msrc": "miou", "voc": "miou", "folder": "miou"}
 NATIVE = {"acdc": "full", "msrc": "4"}  # the stride of the presets' networks
 SWEEPS: dict[str, tuple[str, tuple]] = {
-    "weight": ("weight", (0.1, 0.3, 1, 3, 10)),  # times the preset's
+    "weight": ("weight", (0.1, 0.3, 1, 3, 10)),  # times the usual
+    "length": ("steps", (0.5, 1, 2)),  # times the usual
     "radius": ("radius", (2, 3, 5, 8)),
     "sigma": ("sigma", (0.03, 0.06, 0.1, 0.2)),
     "kernels": ("kernels", ("rgb+xy", "xy", "rgb", "rgb+xy,xy")),
@@ -190,11 +191,15 @@ def values_plans(base: Settings, sweep: str) -> list[Plan]:
     for value in values:
         if sweep == "weight":
             value = round(value * base.weight, 6)
+        elif sweep == "length":
+            value = round(value * base.steps)
         elif sweep == "resolution" and value == NATIVE.get(base.data):
             value = "native"
         found.append(plan(base, loss="gcrf", **{name: value}))
-        if sweep in ("labels", "thickness"):
+        if sweep in ("labels", "thickness", "length"):
             found.append(plan(base, loss="pce", **{name: value}))
+        if sweep == "length":
+            found.append(plan(base, labels="dense", loss="pce", **{name: value}))
     return found
 
 
@@ -210,16 +215,16 @@ def transfer_plans(base: Settings) -> list[Plan]:
 
 
 def plan(base: Settings, **changes: object) -> Plan:
-    """A training named after what differs from the preset, so that sweeps and tables share those that are the same."""
+    """A training named after what differs from the usual, so that sweeps and tables share those that are the same."""
     settings = dataclasses.replace(base, **changes)
-    usual = preset(settings.data)
+    usual = preset(settings.data, **(SMALLER.get(settings.data, {}) if settings.evaluate_on == "held-out" else {}))
     meaningless = LOSS_SETTINGS if settings.loss == "pce" else ()
     meaningless += LABEL_SETTINGS if settings.labels == "dense" else ()
     settings = dataclasses.replace(settings, **{name: getattr(usual, name) for name in meaningless})
     parts = [settings.data, settings.labels, settings.loss]
     parts += [
         f"{name}={getattr(settings, name)}"
-        for name in LABEL_SETTINGS + LOSS_SETTINGS
+        for name in (*LABEL_SETTINGS, *LOSS_SETTINGS, "steps")
         if getattr(settings, name) != getattr(usual, name)
     ]
     if settings.evaluate_on != "test":

@@ -24,9 +24,15 @@ SWEPT = {METHODS["pce"]: ("k", "--"), METHODS["gcrf"]: ("C0", "-"), DENSE: ("k",
 Row = dict[str, str]
 
 
+def supervision(row: Row) -> str:
+    """What a row is called among those of one kind of labels."""
+    return DENSE if row["labels"] == "dense" else METHODS[row["loss"]]
+
+
 def method(row: Row) -> str:
     """What a row is called in tables and pictures."""
-    return DENSE if row["labels"] == "dense" else f"{row['labels']}: {METHODS[row['loss']]}"
+    name = supervision(row)
+    return name if name == DENSE else f"{row['labels']}: {name}"
 
 
 def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -50,11 +56,14 @@ def table_of(rows: Sequence[Row], metric: str) -> str:
     methods = by_method(rows)
     title = f"{rows[0]['data']}, {int(rows[0]['steps']):,} steps, on {rows[0]['evaluate_on']}"
     name_of_metric = {"dice": "Dice", "miou": "mIoU"}[metric]
-    columns = [title, f"{name_of_metric}, %", "boundary mIoU, %", "gap closed (seeds)", "loss, share of step", "runs"]
+    scored = {metric: f"{name_of_metric}, %", "boundary_miou": "boundary mIoU, %"}
+    if all(row.get("miou_classes_told") for row in rows):
+        scored["miou_classes_told"] = "mIoU, classes told, %"
+    columns = [title, *scored.values(), "gap closed (seeds)", "loss, share of step", "runs"]
     lines = [columns, ["---"] * len(columns)]
     for name, mine in methods.items():
         share = statistics.median(float(row["loss_share"]) for row in mine)
-        scores = [spread(scores_of(mine, column)) for column in (metric, "boundary_miou")]
+        scores = [spread(scores_of(mine, column)) for column in scored]
         loss = f"{share:.1%}" if mine[0]["loss"] == "gcrf" else ""
         lines.append([name, *scores, gap_closed(mine, methods, metric), loss, str(len(mine))])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -120,7 +129,7 @@ def draw_sweep(axis: Axes, rows: Sequence[Row], column: str, metric: str) -> Non
     values = list(dict.fromkeys(row[column] for row in rows if row["loss"] == "gcrf"))
     print()
     for name, (colour, line) in SWEPT.items():
-        mine = [row for row in rows if swept(row) == name]
+        mine = [row for row in rows if supervision(row) == name]
         if not mine:
             continue
         scores = {value: scores_of([row for row in mine if row[column] == value], metric) for value in values}
@@ -134,11 +143,6 @@ def draw_sweep(axis: Axes, rows: Sequence[Row], column: str, metric: str) -> Non
     axis.set_xticks(range(len(values)), values)
     axis.set_xlabel(column.replace("_", " "))
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def swept(row: Row) -> str:
-    """What a row's curve is called in sweeps."""
-    return DENSE if row["labels"] == "dense" else METHODS[row["loss"]]
 
 
 @dataclass(frozen=True)
