@@ -55,7 +55,7 @@ SWEEPS: dict[str, tuple[str, tuple]] = {
 }
 # does a weight mean the same under other kernels and grids? each of these with each weight
 TRANSFER = "transfer"
-TRANSFER_WEIGHTS = (1, 10, 0.1, 30)  # times the preset's
+TRANSFER_WEIGHTS = (1, 10, 0.1)  # times the preset's
 TRANSFER_CHANGES: tuple[dict[str, object], ...] = (
     {},
     {"sigma": 0.03},
@@ -255,33 +255,34 @@ def run_all(data: str, wanted: list[Plan], options: argparse.Namespace) -> dict[
 
 
 def strengths(wanted: list[Plan], done: dict[str, dict[str, str]], metric: str) -> list[Strength]:
-    """What every training with the Gated CRF loss gained, if any did, and how strong the loss was."""
+    """What every weight with every kernel and grid gained, if any did, means over seeds; how strong the loss was."""
     without = [float(row[metric]) for row in done.values() if (row["loss"], row["labels"] != "dense") == ("pce", True)]
-    gains = {name: float(row[metric]) for name, row in done.items() if row["loss"] == "gcrf"}
-    if not without or not gains or max(gains.values()) <= statistics.fmean(without):
+    same: dict[Settings, list[dict[str, str]]] = {}
+    for training in wanted:
+        if training.settings.loss == "gcrf" and training.name in done:
+            same.setdefault(dataclasses.replace(training.settings, seed=0), []).append(done[training.name])
+    scores = {settings: statistics.fmean(float(row[metric]) for row in rows) for settings, rows in same.items()}
+    if not without or not scores or max(scores.values()) <= statistics.fmean(without):
         return []
-    least, best = statistics.fmean(without), max(gains.values())
+    least, best = statistics.fmean(without), max(scores.values())
     found: list[Strength] = []
     losses: dict[tuple[object, ...], float] = {}
-    for training in wanted:
-        settings = training.settings
-        if training.name not in gains:
-            continue
-        if settings.loss_stride == "native":
-            settings = dataclasses.replace(settings, loss_stride=NATIVE.get(settings.data, "full"))
-        kernel = (settings.sigma, settings.radius, settings.loss_stride)
+    for settings, rows in same.items():
+        native = settings.loss_stride == "native"
+        grid = dataclasses.replace(settings, loss_stride=NATIVE.get(settings.data, "full")) if native else settings
+        kernel = (settings.sigma, settings.radius, grid.loss_stride)
         if kernel not in losses:
-            losses[kernel] = loss_of_masks(open_collection(settings), settings).loss
-        row = done[training.name]
+            losses[kernel] = loss_of_masks(open_collection(grid), grid).loss
+        row = rows[0]
         changed = [f"{name} {row[name]}" for name in ("sigma", "radius", "loss_stride") if f"-{name}=" in row["run"]]
         found.append(
             Strength(
                 data=settings.data,
                 kernel=", ".join(changed).replace("_", " ") or "preset",
                 weight=settings.weight,
-                mass=float(row["kernel_mass"]),
+                mass=statistics.fmean(float(row["kernel_mass"]) for row in rows),
                 masks=losses[kernel],
-                gain=(gains[training.name] - least) / (best - least),
+                gain=(scores[settings] - least) / (best - least),
             )
         )
     return found

@@ -147,14 +147,14 @@ def draw_sweep(axis: Axes, rows: Sequence[Row], column: str, metric: str) -> Non
 
 @dataclass(frozen=True)
 class Strength:
-    """How strong the Gated CRF loss was in a training, and what it brought."""
+    """How strong the Gated CRF loss was in trainings that differ in nothing but the seed, and what it brought."""
 
     data: str
     kernel: str
     weight: float
     mass: float  # of the kernel: the loss where no two predictions agree
     masks: float  # the loss of the dense masks
-    gain: float  # over partial cross entropy alone, as a share of the best gain on this data
+    gain: float  # over partial cross entropy alone, as a share of the data set's best
 
 
 def draw_transfer(points: Sequence[Strength], path: Path) -> None:
