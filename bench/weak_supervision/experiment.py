@@ -50,6 +50,7 @@ SWEEPS: dict[str, tuple[str, tuple]] = {
     "resolution": ("loss_stride", ("full", "2", "4", "8")),
     "gates": ("gates", GATES),
     "delay": ("delay", (0.0, 0.05, 0.2, 0.5)),
+    "ramp": ("ramp", (0.0, 0.2, 0.5)),
     "labels": ("keep", (0.25, 0.5, 1.0)),
     "thickness": ("thickness", (1.0, 3.0, 5.0)),
 }

@@ -20,7 +20,7 @@ from .labels import UNLABELLED, draw, make_clicks, make_scribbles
 
 DENSE = "dense CE"
 METHODS = {"pce": "partial CE", "gcrf": "partial CE + Gated CRF"}
-SWEPT = {METHODS["pce"]: ("k", "--"), METHODS["gcrf"]: ("C0", "-"), DENSE: ("k", ":")}  # colour and line in sweeps
+SWEPT = {METHODS["pce"]: ("C1", "s", "--"), METHODS["gcrf"]: ("C0", "o", "-"), DENSE: ("k", "^", ":")}  # in sweeps
 Row = dict[str, str]
 
 
@@ -110,13 +110,13 @@ def draw_curves(rows: Sequence[Row], metric: str, folder: Path, path: Path) -> N
 
 def draw_sweeps(panels: dict[str, Sequence[Row]], metric: str, path: Path) -> None:
     """Scores over the values of each setting that was swept."""
-    columns = min(len(panels), 4)
+    columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
-    figure = Figure((4 * columns, 3.4 * lines), dpi=110, layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
+    figure = Figure((4 * columns, 3 * lines + 0.6), dpi=110, layout="constrained")
+    axes = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
     for axis, (setting, rows) in zip(axes, panels.items(), strict=False):
         draw_sweep(axis, rows, setting, metric)
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.axis("off")
     entries = {name: line for axis in figure.axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=len(entries), frameon=False)
@@ -125,20 +125,25 @@ def draw_sweeps(panels: dict[str, Sequence[Row]], metric: str, path: Path) -> No
 
 
 def draw_sweep(axis: Axes, rows: Sequence[Row], column: str, metric: str) -> None:
-    """Every seed a point, with a line through the means; prints the means."""
+    """Every seed a point and a line through the means; a band from worst to best of what has no such setting.
+
+    Prints the means.
+    """
     values = list(dict.fromkeys(row[column] for row in rows if row["loss"] == "gcrf"))
     print()
-    for name, (colour, line) in SWEPT.items():
+    for name, (colour, marker, line) in SWEPT.items():
         mine = [row for row in rows if supervision(row) == name]
         if not mine:
             continue
-        scores = {value: scores_of([row for row in mine if row[column] == value], metric) for value in values}
-        if mine[0]["loss"] == "pce" and sum(map(bool, scores.values())) <= 1:  # the same whatever the value
-            scores = dict.fromkeys(values, scores_of(mine, metric))
-        means = [statistics.fmean(found or [math.nan]) for found in scores.values()]
+        scores = [scores_of([row for row in mine if row[column] == value], metric) for value in values]
+        if mine[0]["loss"] == "pce" and sum(map(bool, scores)) <= 1:  # the same whatever the value
+            scores = [scores_of(mine, metric)] * len(values)
+            axis.fill_between(range(len(values)), min(scores[0]), max(scores[0]), color=colour, alpha=0.12, lw=0)
+        else:
+            for place, found in enumerate(scores):
+                axis.plot([place] * len(found), found, colour + marker, ms=4)
+        means = [statistics.fmean(found or [math.nan]) for found in scores]
         axis.plot(range(len(values)), means, colour + line, label=name)
-        for place, found in enumerate(scores.values()):
-            axis.plot([place] * len(found), found, colour + "o", ms=4)
         print(f"{name:42}" + "".join(f"{value:>13}: {mean:4.1f}" for value, mean in zip(values, means, strict=True)))
     axis.set_xticks(range(len(values)), values)
     axis.set_xlabel(column.replace("_", " "))
