@@ -236,7 +236,7 @@ def test_images_without_clicks_and_clicks_outside_are_reported(folder: Settings,
     (tmp_path / "clicks.json").write_text(json.dumps(clicks))
     settings = preset("folder", root=str(tmp_path), labels="clicks", labels_from=str(tmp_path / "clicks.json"))
     data = open_data(settings, tmp_path, on_broken="skip")
-    broken = check(data.collection, data.labeller, ["05", "07", "08"])
+    broken, _ = check(data.collection, data.labeller, ["05", "07", "08"])
     assert list(broken) == ["05", "07"]
     assert "clicks.json: expected clicks for 05, got none" in broken["05"]
     assert "clicks.json: 07: expected points within 30 x 20 pixels, got x=300" in broken["07"]

@@ -105,25 +105,43 @@ def test_a_checkpoint_of_other_settings_is_refused(acdc: Path, tmp_path: Path) -
     run(small("acdc", acdc), tmp_path / "run")
     with pytest.raises(ValueError, match=r"checkpoint.pt: expected weight=0.5, got a checkpoint of weight=0.03"):
         run(small("acdc", acdc, weight=0.5), tmp_path / "run")
-    trainer = Trainer(small("acdc", acdc), 4)
+    trainer = Trainer(small("acdc", acdc), [1] * 4)
     trainer.processes = 2
     with pytest.raises(ValueError, match=r"checkpoint.pt: expected 2 processes, got a checkpoint of 1"):
         trainer.load(tmp_path / "run" / "checkpoint.pt")
 
 
-def test_labelled_pixels_weigh_the_same_however_many_parts(acdc: Path) -> None:
+@pytest.mark.parametrize("class_weights", ["none", "log"])
+def test_labelled_pixels_weigh_the_same_however_many_parts(acdc: Path, class_weights: str) -> None:
     random = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 4, (4, 24, 24), generator=random, dtype=torch.uint8)
     labels[:2, 1:] = 255  # a few in the first part
     batch = torch.rand(4, 1, 24, 24, generator=random), labels, torch.ones(4, 24, 24, dtype=torch.bool)
     changes = {"network": NOISELESS, "delay": 0.0, "optimizer": "sgd", "gates": "source"}
+    changes["class_weights"] = class_weights
     found = []
     for accumulate in (1, 2, 4):
-        trainer = Trainer(small("acdc", acdc, accumulate=accumulate, **changes), 4)
+        trainer = Trainer(small("acdc", acdc, accumulate=accumulate, **changes), [1, 2, 3, 4])
         trainer.step(batch)
         found.append(torch.cat([parameter.flatten() for parameter in trainer.network.parameters()]))
     torch.testing.assert_close(found[1], found[0])
     torch.testing.assert_close(found[2], found[0])
+
+
+def test_rare_classes_weigh_more(acdc: Path, tmp_path: Path) -> None:
+    weights = losses.weights_of_classes([60, 40, 0], "log")
+    assert weights.tolist() == pytest.approx([1 / np.log(1.7), 1 / np.log(1.5), 1 / np.log(1.1)], rel=1e-5)
+    data = open_data(small("acdc", acdc), tmp_path)
+    labels = [data.labeller(name, 40, 36) for name in data.training]
+    assert data.pixels.tolist() == [sum((drawn == number).sum() for drawn in labels) for number in range(4)]
+    alike, weighted = (Trainer(small("acdc", acdc, class_weights=kind), data.pixels) for kind in ("none", "log"))
+    assert alike.class_weights.tolist() == [1] * 4
+    random = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (4, 24, 24), generator=random, dtype=torch.uint8)
+    batch = torch.rand(4, 1, 24, 24, generator=random), labels, torch.ones(4, 24, 24, dtype=torch.bool)
+    for trainer in (alike, weighted):
+        trainer.step(batch)
+    assert alike.progress.recent != weighted.progress.recent
 
 
 def test_evaluations_are_spread_over_the_steps(acdc: Path, tmp_path: Path) -> None:

@@ -258,9 +258,9 @@ def save_labels(collection: Collection, names: Iterable[str], kind: str, seed: i
     part.replace(out)
 
 
-def check(collection: Collection, labeller: Labeller, names: Sequence[str]) -> dict[str, str]:
-    """Read everything once: what is wrong, in one line, by the name of the image."""
-    broken = {}
+def check(collection: Collection, labeller: Labeller, names: Sequence[str]) -> tuple[dict[str, str], np.ndarray]:
+    """Read everything once: what is wrong, in one line, by the name of the image; labelled pixels of each class [C]."""
+    broken, pixels = {}, np.zeros(len(collection.class_names), np.int64)
     for name in tqdm(names, desc="checking files", unit="image", leave=False, disable=None):
         try:
             image = collection.read_image(name)
@@ -275,9 +275,10 @@ def check(collection: Collection, labeller: Labeller, names: Sequence[str]) -> d
             known = labels[labels != UNLABELLED]
             if known.size and known.max() >= len(collection.class_names):
                 raise ValueError(f"{name}: expected {len(collection.class_names)} classes, got class {known.max()}")
+            pixels += np.bincount(known, minlength=len(pixels))
         except ValueError as error:
             broken[name] = str(error)
-    return broken
+    return broken, pixels
 
 
 @dataclass
@@ -288,6 +289,7 @@ class Data:
     labeller: Labeller
     training: list[str]
     testing: list[str]
+    pixels: np.ndarray  # labelled in training, of each class [C]
 
 
 def open_collection(settings: Settings) -> Collection:
@@ -322,7 +324,7 @@ def open_data(settings: Settings, made_labels: Path, on_broken: str = "stop") ->
             count = f"{len(broken)} broken of {len(training) + len(testing)} images"
             raise ValueError("\n".join([*broken.values(), count]))
 
-    broken = check(collection, dense, testing)
+    broken, _ = check(collection, dense, testing)
     sources = [Path(source) for source in settings.labels_from.split(",") if source]
     drawn_by_people = isinstance(collection, Slices) and settings.labels == "scribbles"
     if settings.labels != "dense" and not sources and not drawn_by_people:
@@ -330,18 +332,19 @@ def open_data(settings: Settings, made_labels: Path, on_broken: str = "stop") ->
         sources = [made.with_suffix(".json") if settings.labels == "clicks" else made]
         if not sources[0].exists():
             names = collection.lists["train"]
-            broken |= check(collection, dense, names)
+            broken |= check(collection, dense, names)[0]
             stop_at_broken()
             usable = [name for name in names if name not in broken]
             save_labels(collection, usable, settings.labels, settings.label_seed, sources[0])
     labeller = weak_labeller(
         collection, settings.labels, sources, settings.thickness, settings.keep, settings.label_seed
     )
-    broken |= check(collection, labeller, [name for name in training if name not in broken])
+    more, pixels = check(collection, labeller, [name for name in training if name not in broken])
+    broken |= more
     stop_at_broken()
     for message in broken.values():
         tqdm.write(f"left out: {message}")
     training, testing = ([name for name in names if name not in broken] for names in (training, testing))
     if not training or not testing:
         raise ValueError(f"{settings.root}: expected images to train and test on, got {len(training)}, {len(testing)}")
-    return Data(collection, labeller, training, testing)
+    return Data(collection, labeller, training, testing, pixels)

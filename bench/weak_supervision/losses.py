@@ -17,7 +17,13 @@ from .settings import Settings
 
 
 def losses_of(
-    network: nn.Module, image: Tensor, labels: Tensor, validity: Tensor, weight: float, settings: Settings
+    network: nn.Module,
+    image: Tensor,
+    labels: Tensor,
+    validity: Tensor,
+    class_weights: Tensor,
+    weight: float,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Partial cross entropy at the labels' resolution, Gated CRF loss (0 without weight), the logits that this had."""
     dtype = torch.float32 if settings.amp == "none" else getattr(torch, settings.amp)
@@ -30,12 +36,18 @@ def losses_of(
     enlarged = logits
     if logits.shape[2:] != labels.shape[1:]:
         enlarged = F.interpolate(logits, labels.shape[1:], mode="bilinear")
-    partial = partial_cross_entropy(enlarged, labels)
+    partial = partial_cross_entropy(enlarged, labels, weight=class_weights)
     if settings.loss_stride == "full":
         logits = enlarged  # once for both
     if settings.loss == "pce" or weight == 0:
         return partial, torch.zeros_like(partial), logits
     return partial, crf(logits, image, labels, validity, settings), logits
+
+
+def weights_of_classes(pixels: Sequence[int], kind: str) -> Tensor:
+    """Weights [C] of cross entropy from the labelled pixels of each class: 1, or 1 / log(1.1 + share)."""
+    counts = torch.as_tensor(pixels, dtype=torch.float32)
+    return torch.ones_like(counts) if kind == "none" else 1 / (1.1 + counts / counts.sum().clamp(min=1)).log()
 
 
 def as_input(image: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ def option(
 
 
 GATES = ("none", "source", "destination", "both")
+CLASS_WEIGHTS = ("none", "log")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Settings:
     largest: float = option(1.25, "largest random scale", least=0.01)
     network: str = option("unet", "unet, lite0, lite0-full, or module:function of the number of classes")
     loss: str = option("gcrf", "partial cross entropy alone, or with the Gated CRF loss", ("pce", "gcrf"))
+    class_weights: str = option("none", "of cross entropy; log: 1 / log(1.1 + share of the labels)", CLASS_WEIGHTS)
     steps: int = option(2400, "optimiser steps", least=1)
     batch: int = option(4, "crops a step, of all processes together", least=1)
     accumulate: int = option(1, "parts a step's batch is computed in", least=1)
@@ -93,22 +95,23 @@ PRESETS: dict[str, dict[str, object]] = {
         "weight": 0.01,
         "gates": "source",
     },
-    "voc": {  # the paper's recipe
+    "voc": {  # what the official code trains clicks with
         "labels": "clicks",
         "class_names": "voc",
         "masks": "SegmentationClassAug/{name}.png",
         "train_list": "ImageSets/Segmentation/trainaug.txt",
         "test_list": "ImageSets/Segmentation/val.txt",
         "network": "lite0",
-        "crop": 512,
+        "crop": 256,
         "smallest": 0.5,
         "largest": 2.0,
-        "thickness": 3.0,
-        "batch": 16,
+        "thickness": 1.0,
+        "class_weights": "log",
+        "batch": 48,
         "steps": 90000,
         "optimizer": "sgd",
         "learning_rate": 0.007,
-        "weight_decay": 5e-4,
+        "weight_decay": 1e-4,
         "weight": 0.1,
         "sigma": 0.0225,  # 0.1 of an image divided by its standard deviation, about 0.225
         "delay": 0.005,

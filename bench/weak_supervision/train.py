@@ -7,7 +7,7 @@ import datetime
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .data import Data, stem
 from .labels import UNLABELLED
-from .losses import as_input, losses_of, ramp, time_loss
+from .losses import as_input, losses_of, ramp, time_loss, weights_of_classes
 from .networks import build_network
 from .samples import Batches, TrainingSet, shorten
 from .scores import Scores
@@ -59,7 +59,8 @@ class Result:
 class Trainer:
     """Everything that changes while training, and is put back from a checkpoint."""
 
-    def __init__(self, settings: Settings, classes: int) -> None:
+    def __init__(self, settings: Settings, pixels: Sequence[int]) -> None:
+        """`pixels`: labelled in training, of each class [C]."""
         self.settings = settings
         self.rank, self.processes = world()
         self.device = torch.device("cpu")
@@ -70,8 +71,9 @@ class Trainer:
             raise ValueError(f"batch: expected a multiple of {parts} (processes, parts), got {settings.batch}")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.manual_seed(settings.seed)  # the same weights in every process
-        network = build_network(settings.network, classes)
+        network = build_network(settings.network, len(pixels))
         self.network = network.to(self.device, memory_format=torch.channels_last)  # a fifth to a third faster
+        self.class_weights = weights_of_classes(pixels, settings.class_weights).to(self.device)
         self.parallel = DistributedDataParallel(self.network) if self.processes > 1 else self.network
         self.optimizer = make_optimizer(settings, self.network)
         self.schedule = torch.optim.lr_scheduler.PolynomialLR(self.optimizer, settings.steps, settings.power)
@@ -82,8 +84,8 @@ class Trainer:
     def step(self, batch: tuple[Tensor, ...]) -> list[Tensor]:
         """One step of the optimiser on images [N, F, H, W], labels and validity [N, H, W].
 
-        However many parts and processes share the batch, its labelled pixels weigh the same; the Gated CRF loss is the
-        mean over the parts. Returns the last part of the batch with its logits, to time the loss on.
+        However many parts and processes share the batch, its labelled pixels weigh the same, but for their classes; the
+        Gated CRF loss is the mean over the parts. Returns the last part of the batch with its logits, to time the loss.
         """
         start = time.perf_counter()
         settings, progress = self.settings, self.progress
@@ -93,7 +95,7 @@ class Trainer:
         sums = [0.0, 0.0]
         parts = list(zip(*(tensor.to(self.device).chunk(settings.accumulate) for tensor in batch), strict=True))
         for share, part in zip(self.shares([labels for _, labels, _ in parts]), parts, strict=True):
-            partial, gated, logits = losses_of(self.parallel, *part, weight, settings)
+            partial, gated, logits = losses_of(self.parallel, *part, self.class_weights, weight, settings)
             partial = share * partial
             self.scaler.scale((partial + weight * gated) / settings.accumulate).backward()
             sums = [sums[0] + partial.item(), sums[1] + gated.item()]
@@ -106,8 +108,9 @@ class Trainer:
         return [logits.detach(), *part]
 
     def shares(self, parts: list[Tensor]) -> Tensor:
-        """The labelled pixels of each part, over the mean of all parts of all processes."""
-        labelled = torch.stack([(labels != UNLABELLED).sum() for labels in parts]).float()
+        """What the labelled pixels of each part weigh, over the mean of all parts of all processes."""
+        weights = F.pad(self.class_weights, (0, UNLABELLED + 1 - len(self.class_weights)))
+        labelled = torch.stack([weights[labels.long()].sum() for labels in parts])
         mean = labelled.mean()
         if self.processes > 1:
             distributed.all_reduce(mean)
@@ -160,7 +163,7 @@ def train(settings: Settings, data: Data, out: Path) -> Result | None:
 
     Under `torchrun` every process takes its part of each batch, and all but the first return None.
     """
-    trainer = Trainer(settings, len(data.collection.class_names))
+    trainer = Trainer(settings, data.pixels)
     if (out / CHECKPOINT).exists():
         trainer.load(out / CHECKPOINT)
     progress, rank = trainer.progress, trainer.rank
