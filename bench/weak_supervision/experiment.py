@@ -56,7 +56,7 @@ SWEEPS: dict[str, tuple[str, tuple]] = {
 }
 # does a weight mean the same under other kernels and grids? each of these with each weight
 TRANSFER = "transfer"
-TRANSFER_WEIGHTS = (1, 10, 0.1)  # times the preset's
+TRANSFER_WEIGHTS = (1, 10, 0.1)  # times the usual
 TRANSFER_CHANGES: tuple[dict[str, object], ...] = (
     {},
     {"sigma": 0.03},
