@@ -125,9 +125,8 @@ def draw_sweeps(panels: dict[str, Sequence[Row]], metric: str, path: Path) -> No
 
 
 def draw_sweep(axis: Axes, rows: Sequence[Row], column: str, metric: str) -> None:
-    """Every seed a point and a line through the means; a band from worst to best of what has no such setting.
-
-    Prints the means.
+    """Every seed a point, a line through the means of those that all values have; a band from worst to best of what has
+    no such setting. Prints the means.
     """
     values = list(dict.fromkeys(row[column] for row in rows if row["loss"] == "gcrf"))
     print()
@@ -135,14 +134,17 @@ def draw_sweep(axis: Axes, rows: Sequence[Row], column: str, metric: str) -> Non
         mine = [row for row in rows if supervision(row) == name]
         if not mine:
             continue
-        scores = [scores_of([row for row in mine if row[column] == value], metric) for value in values]
-        if mine[0]["loss"] == "pce" and sum(map(bool, scores)) <= 1:  # the same whatever the value
-            scores = [scores_of(mine, metric)] * len(values)
-            axis.fill_between(range(len(values)), min(scores[0]), max(scores[0]), color=colour, alpha=0.12, lw=0)
+        groups = [[row for row in mine if row[column] == value] for value in values]
+        if mine[0]["loss"] == "pce" and sum(map(bool, groups)) <= 1:  # the same whatever the value
+            groups = [mine] * len(values)
+            scores = scores_of(mine, metric)
+            axis.fill_between(range(len(values)), min(scores), max(scores), color=colour, alpha=0.12, lw=0)
         else:
-            for place, found in enumerate(scores):
-                axis.plot([place] * len(found), found, colour + marker, ms=4)
-        means = [statistics.fmean(found or [math.nan]) for found in scores]
+            for place, group in enumerate(groups):
+                axis.plot([place] * len(group), scores_of(group, metric), colour + marker, ms=4)
+        shared = set.intersection(*({row["seed"] for row in group} for group in groups if group))
+        kept = [scores_of([row for row in group if row["seed"] in shared], metric) for group in groups]
+        means = [statistics.fmean(scores or [math.nan]) for scores in kept]
         axis.plot(range(len(values)), means, colour + line, label=name)
         print(f"{name:42}" + "".join(f"{value:>13}: {mean:4.1f}" for value, mean in zip(values, means, strict=True)))
     axis.set_xticks(range(len(values)), values)
