@@ -8,7 +8,7 @@ For kernels and grids, from images with dense masks (a few dozen are enough):
 - crossing: the share of it that joins pixels of different classes. A kernel that knew the classes would have 0; `xy`,
   which knows only distance, is what colour has to beat;
 - masks: the loss of the dense masks, mass x crossing. This, times the weight, is what the truth costs in training;
-- weight: 0.3 over the mass, which the experiment's transfer sweep found safe.
+- weight: 0.3 over the mass, where to start; the README has the evidence and its limits.
 
 Any setting of `python -m bench.weak_supervision` can be given; images have the size that they are trained at.
 """

@@ -257,7 +257,7 @@ def run_all(data: str, wanted: list[Plan], options: argparse.Namespace) -> dict[
 
 def strengths(wanted: list[Plan], done: dict[str, dict[str, str]], metric: str) -> list[Strength]:
     """What every weight with every kernel and grid gained, if any did, means over seeds; how strong the loss was."""
-    without = [float(row[metric]) for row in done.values() if (row["loss"], row["labels"] != "dense") == ("pce", True)]
+    without = [float(row[metric]) for row in done.values() if row["loss"] == "pce" and row["labels"] != "dense"]
     same: dict[Settings, list[dict[str, str]]] = {}
     for training in wanted:
         if training.settings.loss == "gcrf" and training.name in done:
