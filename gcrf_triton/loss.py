@@ -240,6 +240,8 @@ def _hide_closed(
     for feature in features:
         finite = finite & feature.isfinite().all(1)
     hidden = ~finite & ((source == 0) | (destination == 0))  # [N, H, W]
+    if _readable(hidden) and not hidden.any():
+        return input, features, source, destination
     columns = hidden[:, None]
     return (
         input.masked_fill(columns, 0),

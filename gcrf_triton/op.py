@@ -102,14 +102,10 @@ def pairwise_energy(
         engine = _triton_engine()
         if compatibility is None and engine.fits(input, input.shape[1] + (not from_logits), features, sigmas):
             return engine.potts_energy(input, *pairs, from_logits, gradient), gradient
-        energy, exact = _assemble(engine.apply_pairwise, input, *pairs, compatibility, from_logits, with_gradient)
-    else:
-        apply = functools.partial(torch_engine.apply_pairwise, threads=torch.get_num_threads())
-        with torch_engine.limit_threads(input.device):
-            energy, exact = _assemble(apply, input, *pairs, compatibility, from_logits, with_gradient)
-    if with_gradient:
-        gradient.copy_(exact)
-    return energy, gradient
+        return _assemble(engine.apply_pairwise, input, *pairs, compatibility, from_logits, gradient), gradient
+    apply = functools.partial(torch_engine.apply_pairwise, threads=torch.get_num_threads())
+    with torch_engine.limit_threads(input.device):
+        return _assemble(apply, input, *pairs, compatibility, from_logits, gradient), gradient
 
 
 def _empty_gradient(input: Tensor, gated: bool, weights: Sequence[float], radius: int, with_gradient: bool) -> Tensor:
@@ -130,36 +126,42 @@ def _assemble(
     radius: int,
     mu: Tensor | None,
     from_logits: bool,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    # energy and gradient from the pairwise operator on columns
-    dtype = accumulation_dtype(input.dtype)
+    gradient: Tensor,
+) -> Tensor:
+    # energy from the pairwise operator on columns, and its gradient unless that is empty
+    dtype, with_gradient = accumulation_dtype(input.dtype), gradient.numel() > 0
     p = torch.softmax(input, dim=1, dtype=dtype) if from_logits else input.to(dtype)
     apply = functools.partial(apply_pairwise, features=features, weights=weights, sigmas=sigmas, radius=radius)
     if mu is not None:
-        energy, gradient = _any_matrix(apply, p, source, destination, mu)
+        energy, by_p = _any_matrix(apply, p, source, destination, mu)
     else:
         apply = functools.partial(apply, source=source, destination=destination, both_ends=with_gradient)
-        energy, gradient = _agreement(apply, p) if from_logits else _potts(apply, p)
+        energy, by_p = _agreement(apply, p) if from_logits else _potts(apply, p)
         energy = energy if with_gradient else 2 * energy
-    return energy, _through_softmax(p, gradient) if from_logits and with_gradient else gradient
+    if with_gradient and from_logits:
+        torch.mul(p, by_p.sub_(_dot(p, by_p)[:, None]), out=gradient)
+    elif with_gradient:
+        gradient.copy_(by_p)
+    return energy
 
 
 def _potts(apply: Callable[..., Tensor], p: Tensor) -> tuple[Tensor, Tensor]:
     sums = apply([p, p.new_ones(1).expand(p.shape[0], 1, *p.shape[2:])])
     product, mass = sums[:, :-1], sums[:, -1]
     # pixel by pixel, so that where neighbours agree two equal sums cancel exactly
-    return (mass - torch.linalg.vecdot(p, product, dim=1)).sum(), -2 * product
+    return (mass - _dot(p, product)).sum(), product.mul_(-2)
 
 
 def _agreement(apply: Callable[..., Tensor], p: Tensor) -> tuple[Tensor, Tensor]:
     # Softmax sums to 1, so 1 - p_i . p_j = p_i^T (1 - I) p_j. With t the largest of G_i = (S p)_i that sums up to all
     # others plus p_i . (t - G_i): positive terms, exact where pixels agree. The gradient may lack what softmax drops.
     sums = apply([p])
-    largest, place = sums.max(dim=1, keepdim=True)
-    below = largest - sums
-    others = sums.scatter(1, place, 0).sum(1)
-    return (others + torch.linalg.vecdot(p, below, dim=1)).sum(), 2 * below
+    largest, others = sums[:, 0].clone(), torch.zeros_like(sums[:, 0])  # [N, H, W]
+    for row in sums.unbind(1)[1:]:
+        others += torch.minimum(largest, row)
+        torch.maximum(largest, row, out=largest)
+    by_p = torch.sub(2 * largest[:, None], sums, alpha=2, out=sums)
+    return (others + 0.5 * _dot(p, by_p)).sum(), by_p
 
 
 def _any_matrix(
@@ -170,7 +172,15 @@ def _any_matrix(
     sums = apply(columns, source=None, destination=None).split(p.shape[1], dim=1)
     towards = d * torch.einsum("cd,ndhw->nchw", mu, sums[0])  # d mu K (s p)
     away = s * torch.einsum("dc,ndhw->nchw", mu, sums[-1])  # s mu^T K (d p)
-    return torch.linalg.vecdot(p, towards, dim=1).sum(), towards + away
+    return _dot(p, towards).sum(), towards + away
+
+
+def _dot(p: Tensor, q: Tensor) -> Tensor:
+    # p_i . q_i [N, H, W], a class at a time: no product [N, C, H, W] is stored
+    products = torch.zeros_like(p[:, 0])
+    for row, other in zip(p.unbind(1), q.unbind(1), strict=True):
+        products.addcmul_(row, other)
+    return products
 
 
 def _through_softmax(p: Tensor, gradient: Tensor) -> Tensor:
