@@ -1,4 +1,4 @@
-"""The problems that are measured: named ones from real use, and sweeps of one quantity."""
+"""The problems that are measured: named ones, from real use and small enough for any laptop, and sweeps."""
 
 from __future__ import annotations
 
@@ -50,6 +50,10 @@ NAMED = (
     Case("pymic", (12, 4, 224, 224), PYMIC_PAIR, channels=1),
     Case("saliency", (16, 1, 80, 80)),
     Case("ade20k", (2, 150, 128, 128)),
+    Case("small-crop", (1, 21, 128, 128)),
+    Case("small-clicks", (4, 21, 64, 64)),
+    Case("small-slice", (1, 4, 256, 256)),
+    Case("two-crops", (2, 21, 256, 256)),
 )
 SWEEPS = ("pixels", "radius", "classes", "batch", "dtype", "kernels")
 

@@ -62,11 +62,16 @@ def position(row: Row, quantity: str) -> int:
     return {"pixels": n * height * width, "classes": classes, "radius": int(row["radius"])}[quantity]
 
 
+def usual(row: Row) -> bool:
+    """Forward and backward on a machine as it is, with nothing else running."""
+    return row["mode"] == "forward+backward" and row["contended"] == "no" and row["huge_pages"] != "requested"
+
+
 def sweep_rows(rows: Sequence[Row], quantity: str) -> list[Row]:
     """The latest rows of a sweep that differ in nothing else: of several such sets that of most points, then newest."""
     sets: dict[tuple, list[Row]] = {}
     for row in table.latest(rows).values():
-        if row["sweep"] == quantity and row["mode"] == "forward+backward" and row["contended"] == "no":
+        if row["sweep"] == quantity and usual(row):
             n, classes, height, width = shape(row)
             fixed = {"pixels": (n, classes, row["radius"]), "classes": (n, height, width, row["radius"])}
             alike = fixed.get(quantity, row["shape"])
@@ -86,10 +91,7 @@ def named_rows(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
     chosen = [
         row
         for row in table.latest(rows).values()
-        if not row["sweep"]
-        and row["mode"] == "forward+backward"
-        and row["contended"] == row["cuda_graph"] == "no"
-        and row["dtype"] == "float32"
+        if not row["sweep"] and usual(row) and row["cuda_graph"] == "no" and row["dtype"] == "float32"
     ]
     for row in sorted(chosen, key=lambda row: (math.prod(shape(row)), row["utc"])):
         case = cases.setdefault(row["case"], {})

@@ -14,6 +14,7 @@ import dataclasses
 import datetime
 import functools
 import importlib.metadata
+import os
 import platform
 import re
 import shutil
@@ -34,6 +35,7 @@ from bench.measure import Result, Settings, can_measure_memory, measure, percent
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = ("float64", "float32", "float16", "bfloat16")
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 OPENMP_JOB = "import torch; x = torch.ones(1 << 22)\nwhile True: x.mul_(1.0)"
 
 
@@ -137,6 +139,19 @@ def driver_version(device: torch.device) -> str:
     return str(torch.version.hip or getattr(properties, "driver_version", "unknown"))
 
 
+def huge_pages(device: torch.device) -> str:
+    """Whether Linux backs large allocations with pages of 2 MiB, which spares code that allocates much on a CPU.
+
+    "always", "never", or "madvise" for whoever asks; "requested" if PyTorch does (THP_MEM_ALLOC_ENABLE=1).
+    """
+    found = None
+    if device.type == "cpu" and HUGE_PAGES.exists():
+        found = re.search(r"\[(\w+)\]", HUGE_PAGES.read_text())
+    if found and found[1] == "madvise" and os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
+        return "requested"
+    return found[1] if found else ""
+
+
 def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -159,6 +174,7 @@ def surroundings(device: torch.device, arguments: argparse.Namespace) -> dict[st
         "threads": str(torch.get_num_threads()),
         "contended": "yes" if arguments.contended else "no",
         "cuda_graph": "yes" if arguments.cuda_graph else "no",
+        "huge_pages": huge_pages(device),
         "torch": torch.__version__,
         "triton": version("triton"),
         "gcrf_triton": gcrf_triton.__version__,

@@ -9,7 +9,7 @@ from pathlib import Path
 Row = Mapping[str, str]
 
 PROBLEM = ("case", "sweep", "shape", "radius", "kernels", "dtype", "channels", "mode")
-SURROUNDINGS = ("device", "threads", "contended", "cuda_graph")
+SURROUNDINGS = ("device", "threads", "contended", "cuda_graph", "huge_pages")
 FIELDS = (
     *PROBLEM,
     "implementation",

@@ -39,6 +39,7 @@ def row(**values):
         "device": "imagined",
         "contended": "no",
         "cuda_graph": "no",
+        "huge_pages": "madvise",
         "utc": "2026-01-02T03:04:05+00:00",
     }
     return dict.fromkeys(table.FIELDS, "") | {field: str(value) for field, value in (known | values).items()}
@@ -56,7 +57,7 @@ def fails_in_one_line(capsys, arguments, *expected, command=run):
 def test_named_cases_are_those_of_real_use():
     shapes = {case.name: case.shape for case in cases.NAMED}
     assert shapes["official-clicks"] == (48, 21, 64, 64) and shapes["cityscapes-full"] == (1, 19, 1024, 2048)
-    assert len(shapes) == len(cases.NAMED) == 11
+    assert len(shapes) == len(cases.NAMED) == 15
     assert {case.channels for case in cases.NAMED if case.name in ("wsl4mis", "pymic")} == {1}
     assert all(case.radius == 5 for case in cases.NAMED)
 
@@ -127,6 +128,24 @@ def test_a_run_appends_what_it_measured(tiny_named, tmp_path, capsys):
     assert run.main(arguments) == 0
     assert path.read_text().splitlines().count(header) == 1 and len(table.read(path)) == 2 * len(rows)
     assert "14 rows" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "policy, asked, expected",
+    [
+        ("always madvise [never]", "1", "never"),
+        ("[always] madvise never", "0", "always"),
+        ("always [madvise] never", "0", "madvise"),
+        ("always [madvise] never", "1", "requested"),
+        (None, "1", ""),
+    ],
+)
+def test_huge_pages_are_those_of_the_system_or_requested(policy, asked, expected, monkeypatch, tmp_path):
+    if policy:
+        (tmp_path / "enabled").write_text(policy)
+    monkeypatch.setattr(run, "HUGE_PAGES", tmp_path / "enabled")
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", asked)
+    assert run.huge_pages(CPU) == expected
 
 
 def test_errors_are_those_of_the_implementation(monkeypatch):
@@ -427,6 +446,14 @@ def test_a_curve_holds_what_differs_in_one_quantity():
         1, 2, 3, 5, 8, 11, 16
     ]  # fmt: skip
     assert {r["shape"] for r in plot.sweep_rows(full + quick, "radius")} == {"1x21x192x192"}
+
+
+@pytest.mark.parametrize("other", [{"contended": "yes"}, {"huge_pages": "requested"}, {"mode": "forward"}])
+def test_pictures_show_the_usual_surroundings(other):
+    usual = [row(**case.describe()) for case in (*cases.NAMED[:2], *cases.sweep("radius", quick=True))]
+    unusual = [r | other | {"utc": "2026-01-03"} for r in usual]
+    assert plot.named_rows(usual + unusual) == plot.named_rows(usual)
+    assert plot.sweep_rows(usual + unusual, "radius") == plot.sweep_rows(usual, "radius")
 
 
 def test_rows_survive_the_csv(tmp_path):
