@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor
 from . import torch_engine
 
 IMPLS = ("auto", "triton", "torch")
+GROUP_VALUES = 2**20  # what lies between these and their gradient stays in cache
 HALF_LIMIT = 2**14  # float16 ends at 2^16, and a gradient is at most twice the mass of a kernel
 
 
@@ -104,8 +106,20 @@ def pairwise_energy(
             return engine.potts_energy(input, *pairs, from_logits, gradient), gradient
         return _assemble(engine.apply_pairwise, input, *pairs, compatibility, from_logits, gradient), gradient
     apply = functools.partial(torch_engine.apply_pairwise, threads=torch.get_num_threads())
+    energy = input.new_zeros((), dtype=accumulation_dtype(input.dtype))
     with torch_engine.limit_threads(input.device):
-        return _assemble(apply, input, *pairs, compatibility, from_logits, gradient), gradient
+        for few in _groups(*input.shape):
+            some = [feature[few] for feature in features]
+            s, d = (gate if gate is None else gate[few] for gate in (source, destination))
+            pairs = (some, s, d, weights, sigmas, radius)
+            energy += _assemble(apply, input[few], *pairs, compatibility, from_logits, gradient[few])
+    return energy, gradient
+
+
+def _groups(images: int, *shape: int) -> list[slice]:
+    # as many images at a time as have GROUP_VALUES, or one
+    groups = min(images, -(-images * math.prod(shape) // GROUP_VALUES))
+    return [slice(images * group // groups, images * (group + 1) // groups) for group in range(groups)]
 
 
 def _empty_gradient(input: Tensor, gated: bool, weights: Sequence[float], radius: int, with_gradient: bool) -> Tensor:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from problems import KERNELS, SHAPES, make_problem, value_and_gradient
 
+from gcrf_triton import op, torch_engine
 from reference import gated_crf_energies
 
 pytestmark = pytest.mark.engines("torch", "triton")
@@ -42,6 +43,26 @@ def test_compatibility(gates):
     expected = loops(problem)
     torch.testing.assert_close(problem.loss(reduction="none"), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(problem.loss(reduction="sum"), expected.sum(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.engines("torch")
+@pytest.mark.parametrize("compatibility", [False, True], ids=["potts", "matrix"])
+@pytest.mark.parametrize("gates", ["", "s", "sd"])
+def test_groups_of_images(gates, compatibility, monkeypatch):
+    problem = make_problem((7, 3, 5, 6), gates=gates, compatibility=compatibility)
+    monkeypatch.setattr(op, "GROUP_VALUES", 2 * 3 * 5 * 6)
+    sizes = []
+
+    def apply(columns, *arguments, **settings):
+        sizes.append(len(columns[0]))
+        return apply_pairwise(columns, *arguments, **settings)
+
+    apply_pairwise = torch_engine.apply_pairwise
+    monkeypatch.setattr(torch_engine, "apply_pairwise", apply)
+    found = value_and_gradient(problem, lambda p: p.loss(reduction="sum"))
+    assert sizes == [1, 2, 2, 2]
+    for value, expected in zip(found, value_and_gradient(problem, lambda p: p.unfolded()), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_potts_as_a_matrix_is_the_default():
