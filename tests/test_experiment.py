@@ -37,9 +37,11 @@ def test_experiment(
     assert str(tmp_path) not in (tmp_path / "out" / "msrc.csv").read_text()
     assert all((float(row["loss_share"]) > 0) == (row["loss"] == "gcrf") for row in rows)
     assert all(row["revision"] and row["iou bright"] and float(row["seconds_per_step"]) > 0 for row in rows)
-    for name in ("acdc-panel.png", "acdc-curves.png", "msrc-panel.png"):
+    widths = {}
+    for name in ("acdc-panel.png", "acdc-predictions.png", "acdc-curves.png", "msrc-panel.png"):
         with Image.open(tmp_path / "out" / name) as picture:
-            assert picture.width > 300
+            widths[name] = picture.width
+    assert min(widths.values()) > 300 and widths["acdc-predictions.png"] < widths["acdc-panel.png"]
     printed = capsys.readouterr().out
     assert (
         " ± " in printed and "classes told, % | gap closed" in printed and "clicks: partial CE + Gated CRF" in printed
@@ -47,7 +49,7 @@ def test_experiment(
 
     monkeypatch.setattr(experiment, "train", None)  # everything is there: nothing is trained again
     monkeypatch.setattr(experiment, "draw_curves", lambda *_: None)
-    monkeypatch.setattr(experiment, "draw_panel", lambda *_: None)
+    monkeypatch.setattr(experiment, "draw_panel", lambda *_, **__: None)
     experiment.main([*arguments, "--seeds", "2"])
     capsys.readouterr()
     changes = ["--weight", "0.5", "--report"]

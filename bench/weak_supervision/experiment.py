@@ -138,7 +138,9 @@ def run_table(data: str, root: str, options: argparse.Namespace, changes: dict[s
     if rows:
         print(f"\n{table_of(rows, METRIC[data])}\n")
         draw_curves(rows, METRIC[data], options.out, options.out / f"{data}-curves.png")
-        draw_panel(open_collection(wanted[0].settings), rows, options.out, options.out / f"{data}-panel.png")
+        collection = open_collection(wanted[0].settings)
+        draw_panel(collection, rows, options.out, options.out / f"{data}-panel.png")
+        draw_panel(collection, rows, options.out, options.out / f"{data}-predictions.png", with_data=False)
 
 
 def run_sweeps(data: str, root: str, options: argparse.Namespace, changes: dict[str, object]) -> list[Strength]:
@@ -225,7 +227,7 @@ def plan(base: Settings, **changes: object) -> Plan:
     parts = [settings.data, settings.labels, settings.loss]
     parts += [
         f"{name}={getattr(settings, name)}"
-        for name in (*LABEL_SETTINGS, *LOSS_SETTINGS, "steps")
+        for name in (*LABEL_SETTINGS, *LOSS_SETTINGS, "class_weights", "steps")
         if getattr(settings, name) != getattr(usual, name)
     ]
     if settings.evaluate_on != "test":

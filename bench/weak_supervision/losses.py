@@ -105,7 +105,9 @@ def crf_arguments(
 
 
 def shrink_any(marked: Tensor, grid: Sequence[int]) -> Tensor:
-    """[N, H, W] bool to a coarser grid: whether any pixel of a cell is marked."""
+    """[N, H, W] bool to a coarser grid, or the same: whether any pixel of a cell is marked."""
+    if marked.shape[1:] == tuple(grid):
+        return marked
     return F.adaptive_max_pool2d(marked[:, None].float(), tuple(grid))[:, 0] > 0
 
 

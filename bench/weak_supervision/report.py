@@ -209,27 +209,30 @@ def variance_explained(strengths: Sequence[float], scores: Sequence[float]) -> f
     return 1 - float(np.var(residuals) / np.var(scores))
 
 
-def draw_panel(collection: Collection, rows: Sequence[Row], folder: Path, path: Path) -> None:
-    """A few test images, labels as in training, what every method makes of them with the first seed, and the truth.
+def draw_panel(collection: Collection, rows: Sequence[Row], folder: Path, path: Path, with_data: bool = True) -> None:
+    """What every method makes of a few test images with the first seed.
 
-    Pictures of data that nobody may pass on stay where they are written.
+    Between image, labels as in training, and truth; or alone, since few data sets may be passed on.
     """
     first = {name: mine[0]["run"] for name, mine in by_method(rows).items()}
     kept = [{file.stem for file in (folder / run / "predictions").glob("*.png")} for run in first.values()]
     names = [name for name in collection.lists["test"] if stem(name) in set.intersection(*kept)]
     if not names:
         return
-    figure = Figure((2.2 * (len(first) + 3), 1.9 * len(names)), dpi=110, layout="constrained")
-    axes = figure.subplots(len(names), len(first) + 3, squeeze=False)
+    columns = len(first) + 3 * with_data
+    figure = Figure((2.2 * columns, 1.9 * len(names)), dpi=110, layout="constrained")
+    axes = figure.subplots(len(names), columns, squeeze=False)
     for number, (line, name) in enumerate(zip(axes, names, strict=True)):
         image, truth = collection.read_image(name).expand(3, -1, -1), collection.read_mask(name)
         photo = (255 * image.permute(1, 2, 0).numpy()).astype(np.uint8)
         kind = rows[0]["labels"]
-        pictures = {"image": photo, kind: paint(photo, weak_labels(collection, name, kind, truth), opacity=1)}
+        pictures = {}
         for title, run in first.items():
             with Image.open(folder / run / "predictions" / f"{stem(name)}.png") as prediction:
-                pictures[title] = paint(photo, np.array(prediction))
-        pictures["truth"] = paint(photo, truth)
+                pictures[title] = paint(photo, np.array(prediction), opacity=0.65 if with_data else 1)
+        if with_data:
+            labels = paint(photo, weak_labels(collection, name, kind, truth), opacity=1)
+            pictures = {"image": photo, kind: labels} | pictures | {"truth": paint(photo, truth, opacity=0.65)}
         for axis, (title, picture) in zip(line, pictures.items(), strict=True):
             axis.imshow(picture)
             axis.axis("off")
@@ -246,7 +249,7 @@ def weak_labels(collection: Collection, name: str, kind: str, truth: np.ndarray)
     return draw(strokes, *truth.shape, thickness=7)
 
 
-def paint(photo: np.ndarray, labels: np.ndarray, opacity: float = 0.65) -> np.ndarray:
+def paint(photo: np.ndarray, labels: np.ndarray, opacity: float) -> np.ndarray:
     """Classes in VOC's colours over a photograph, [H, W, 3] uint8; unlabelled pixels stay."""
     colours = np.where(labels == 0, 60, 0)[..., None] + imgviz.label_colormap()[labels]  # not black on black
     mixed = ((1 - opacity) * photo + opacity * colours.clip(0, 255)).astype(np.uint8)
