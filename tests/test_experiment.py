@@ -37,11 +37,12 @@ def test_experiment(
     assert str(tmp_path) not in (tmp_path / "out" / "msrc.csv").read_text()
     assert all((float(row["loss_share"]) > 0) == (row["loss"] == "gcrf") for row in rows)
     assert all(row["revision"] and row["iou bright"] and float(row["seconds_per_step"]) > 0 for row in rows)
-    widths = {}
+    sizes = {}
     for name in ("acdc-panel.png", "acdc-predictions.png", "acdc-curves.png", "msrc-panel.png"):
         with Image.open(tmp_path / "out" / name) as picture:
-            widths[name] = picture.width
-    assert min(widths.values()) > 300 and widths["acdc-predictions.png"] < widths["acdc-panel.png"]
+            sizes[name] = picture.size
+    assert min(width for width, _ in sizes.values()) > 300
+    assert sizes["acdc-predictions.png"][1] < sizes["acdc-panel.png"][1]
     printed = capsys.readouterr().out
     assert (
         " ± " in printed and "classes told, % | gap closed" in printed and "clicks: partial CE + Gated CRF" in printed

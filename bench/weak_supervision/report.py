@@ -210,19 +210,19 @@ def variance_explained(strengths: Sequence[float], scores: Sequence[float]) -> f
 
 
 def draw_panel(collection: Collection, rows: Sequence[Row], folder: Path, path: Path, with_data: bool = True) -> None:
-    """What every method makes of a few test images with the first seed.
+    """A line for every method: what it makes of a few test images with the first seed.
 
-    Between image, labels as in training, and truth; or alone, since few data sets may be passed on.
+    Below image and labels as in training, and above the truth; or alone, since few data sets may be passed on.
     """
     first = {name: mine[0]["run"] for name, mine in by_method(rows).items()}
     kept = [{file.stem for file in (folder / run / "predictions").glob("*.png")} for run in first.values()]
     names = [name for name in collection.lists["test"] if stem(name) in set.intersection(*kept)]
     if not names:
         return
-    columns = len(first) + 3 * with_data
-    figure = Figure((2.2 * columns, 1.9 * len(names)), dpi=110, layout="constrained")
-    axes = figure.subplots(len(names), columns, squeeze=False)
-    for number, (line, name) in enumerate(zip(axes, names, strict=True)):
+    lines = len(first) + 3 * with_data
+    figure = Figure((1.3 + 1.9 * len(names), 1.7 * lines), dpi=110, layout="constrained")
+    axes = figure.subplots(lines, len(names), squeeze=False)
+    for number, (column, name) in enumerate(zip(axes.T, names, strict=True)):
         image, truth = collection.read_image(name).expand(3, -1, -1), collection.read_mask(name)
         photo = (255 * image.permute(1, 2, 0).numpy()).astype(np.uint8)
         kind = rows[0]["labels"]
@@ -233,11 +233,12 @@ def draw_panel(collection: Collection, rows: Sequence[Row], folder: Path, path: 
         if with_data:
             labels = paint(photo, weak_labels(collection, name, kind, truth), opacity=1)
             pictures = {"image": photo, kind: labels} | pictures | {"truth": paint(photo, truth, opacity=0.65)}
-        for axis, (title, picture) in zip(line, pictures.items(), strict=True):
+        for axis, (title, picture) in zip(column, pictures.items(), strict=True):
             axis.imshow(picture)
-            axis.axis("off")
+            axis.set(xticks=[], yticks=[], frame_on=False)
             if number == 0:
-                axis.set_title(title.replace(": ", ":\n").replace(" + ", "\n+ "), fontsize=9)
+                label = title.replace(": ", ":\n").replace(" + ", "\n+ ")
+                axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
     figure.savefig(path)
 
 
