@@ -153,7 +153,7 @@ def _assemble(
         energy, by_p = _agreement(apply, p) if from_logits else _potts(apply, p)
         energy = energy if with_gradient else 2 * energy
     if with_gradient and from_logits:
-        torch.mul(p, by_p.sub_(_dot(p, by_p)[:, None]), out=gradient)
+        torch.mul(p, by_p.sub_(torch.linalg.vecdot(p, by_p, dim=1)[:, None]), out=gradient)
     elif with_gradient:
         gradient.copy_(by_p)
     return energy
@@ -163,19 +163,20 @@ def _potts(apply: Callable[..., Tensor], p: Tensor) -> tuple[Tensor, Tensor]:
     sums = apply([p, p.new_ones(1).expand(p.shape[0], 1, *p.shape[2:])])
     product, mass = sums[:, :-1], sums[:, -1]
     # pixel by pixel, so that where neighbours agree two equal sums cancel exactly
-    return (mass - _dot(p, product)).sum(), product.mul_(-2)
+    return (mass - torch.linalg.vecdot(p, product, dim=1)).sum(), product.mul_(-2)
 
 
 def _agreement(apply: Callable[..., Tensor], p: Tensor) -> tuple[Tensor, Tensor]:
     # Softmax sums to 1, so 1 - p_i . p_j = p_i^T (1 - I) p_j. With t the largest of G_i = (S p)_i that sums up to all
     # others plus p_i . (t - G_i): positive terms, exact where pixels agree. The gradient may lack what softmax drops.
     sums = apply([p])
-    largest, others = sums[:, 0].clone(), torch.zeros_like(sums[:, 0])  # [N, H, W]
-    for row in sums.unbind(1)[1:]:
-        others += torch.minimum(largest, row)
-        torch.maximum(largest, row, out=largest)
-    by_p = torch.sub(2 * largest[:, None], sums, alpha=2, out=sums)
-    return (others + 0.5 * _dot(p, by_p)).sum(), by_p
+    largest, others = sums, torch.zeros_like(sums[:, 0])
+    while pairs := largest.shape[1] // 2:  # a tournament of the classes: losers are summed
+        one, two, rest = largest.split([pairs, pairs, largest.shape[1] - 2 * pairs], dim=1)
+        others += torch.minimum(one, two).sum(1)
+        largest = torch.cat([torch.maximum(one, two), rest], dim=1)
+    by_p = torch.sub(2 * largest, sums, alpha=2, out=sums)
+    return (others + 0.5 * torch.linalg.vecdot(p, by_p, dim=1)).sum(), by_p
 
 
 def _any_matrix(
@@ -186,15 +187,7 @@ def _any_matrix(
     sums = apply(columns, source=None, destination=None).split(p.shape[1], dim=1)
     towards = d * torch.einsum("cd,ndhw->nchw", mu, sums[0])  # d mu K (s p)
     away = s * torch.einsum("dc,ndhw->nchw", mu, sums[-1])  # s mu^T K (d p)
-    return _dot(p, towards).sum(), towards + away
-
-
-def _dot(p: Tensor, q: Tensor) -> Tensor:
-    # p_i . q_i [N, H, W], a class at a time: no product [N, C, H, W] is stored
-    products = torch.zeros_like(p[:, 0])
-    for row, other in zip(p.unbind(1), q.unbind(1), strict=True):
-        products.addcmul_(row, other)
-    return products
+    return torch.linalg.vecdot(p, towards, dim=1).sum(), towards + away
 
 
 def _through_softmax(p: Tensor, gradient: Tensor) -> Tensor:
