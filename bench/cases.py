@@ -1,4 +1,4 @@
-"""The problems that are measured: named ones, from real use and small enough for any laptop, and sweeps."""
+"""The problems that are measured: named ones, those of real use and four smaller, and sweeps of one quantity."""
 
 from __future__ import annotations
 

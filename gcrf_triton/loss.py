@@ -330,7 +330,7 @@ def _prepare_gate(name: str, gate: Tensor | None, input: Tensor) -> Tensor | Non
     n, _, height, width = input.shape
     if gate.shape not in ((n, height, width), (n, 1, height, width)):
         raise ValueError(f"{name}: expected [{n}, {height}, {width}], with or without a channel, got {_shape(gate)}")
-    gate = gate.reshape(n, height, width).to(accumulation_dtype(input.dtype))
+    gate = gate.reshape(n, height, width).to(accumulation_dtype(input.dtype), copy=True)  # changes do not reach it
     _check_values(name, gate)
     return gate
 
@@ -392,7 +392,7 @@ def _check_constant(name: str, tensor: Tensor) -> None:
 def _readable(tensor: Tensor) -> bool:
     # values are there to be looked at, without waiting for a device or breaking a graph
     ordinary = type(tensor) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
-    return tensor.device.type == "cpu" and ordinary and not torch.compiler.is_compiling()
+    return tensor.device.type == "cpu" and ordinary and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 def _shape(tensor: Tensor) -> list[int]:

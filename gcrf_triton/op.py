@@ -118,7 +118,7 @@ def pairwise_energy(
 
 def _groups(images: int, *shape: int) -> list[slice]:
     # as many images at a time as have GROUP_VALUES, or one
-    groups = min(images, -(-images * math.prod(shape) // GROUP_VALUES))
+    groups = -(-images // max(GROUP_VALUES // max(math.prod(shape), 1), 1))
     return [slice(images * group // groups, images * (group + 1) // groups) for group in range(groups)]
 
 

@@ -1,5 +1,7 @@
 """Promise: the loss is the equation, to the rounding of float64, whatever the shape, window, kernels and gates."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -46,11 +48,12 @@ def test_compatibility(gates):
 
 
 @pytest.mark.engines("torch")
+@pytest.mark.parametrize("from_logits", [False, True])
 @pytest.mark.parametrize("compatibility", [False, True], ids=["potts", "matrix"])
 @pytest.mark.parametrize("gates", ["", "s", "sd"])
-def test_groups_of_images(gates, compatibility, monkeypatch):
+def test_groups_of_images(gates, compatibility, from_logits, monkeypatch):
     problem = make_problem((7, 3, 5, 6), gates=gates, compatibility=compatibility)
-    monkeypatch.setattr(op, "GROUP_VALUES", 2 * 3 * 5 * 6)
+    monkeypatch.setattr(op, "GROUP_VALUES", 269)  # of 90 an image
     sizes = []
 
     def apply(columns, *arguments, **settings):
@@ -59,9 +62,14 @@ def test_groups_of_images(gates, compatibility, monkeypatch):
 
     apply_pairwise = torch_engine.apply_pairwise
     monkeypatch.setattr(torch_engine, "apply_pairwise", apply)
-    found = value_and_gradient(problem, lambda p: p.loss(reduction="sum"))
+    found = value_and_gradient(problem, lambda p: p.loss(reduction="sum", from_logits=from_logits))
     assert sizes == [1, 2, 2, 2]
-    for value, expected in zip(found, value_and_gradient(problem, lambda p: p.unfolded()), strict=True):
+
+    def unfolded(problem):
+        p = problem.probabilities
+        return replace(problem, probabilities=p.softmax(1) if from_logits else p).unfolded()
+
+    for value, expected in zip(found, value_and_gradient(problem, unfolded), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
 
 

@@ -67,20 +67,24 @@ def test_inputs_and_what_surrounds_them_are_never_written():
         assert torch.equal(canary, before)
 
 
-@pytest.mark.parametrize("gates", ["", "s"])
-def test_the_caller_may_change_features_before_backward(gates):
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("gates", ["", "s", "sd"])
+def test_the_caller_may_change_features_and_gates_before_backward(gates, reduction):
     problem = make_problem((1, 3, 6, 6), gates=gates)
     x = problem.probabilities.requires_grad_()
-    (expected,) = torch.autograd.grad(problem.loss(), x)
-    loss = problem.loss()
-    problem.features["rgb"].zero_()
-    assert torch.equal(torch.autograd.grad(loss, x)[0], expected)
+    (expected,) = torch.autograd.grad(problem.loss(reduction=reduction).sum(), x)
+    loss = problem.loss(reduction=reduction)
+    for tensor in (problem.features["rgb"], problem.source, problem.destination):
+        if tensor is not None:
+            tensor.zero_()
+    assert torch.equal(torch.autograd.grad(loss.sum(), x)[0], expected)
 
 
-def test_features_from_inference_mode():
-    problem = make_problem((1, 3, 6, 6))
+def test_features_and_gates_from_inference_mode():
+    problem = make_problem((1, 3, 6, 6), gates="sd")
     with torch.inference_mode():
         problem.features = {"rgb": problem.features["rgb"] * 1}
+        problem.source, problem.destination = problem.source * 1, problem.destination * 1
     problem.probabilities.requires_grad_()
     problem.loss().backward()
 
