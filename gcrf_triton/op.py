@@ -147,23 +147,23 @@ def _assemble(
     p = torch.softmax(input, dim=1, dtype=dtype) if from_logits else input.to(dtype)
     apply = functools.partial(apply_pairwise, features=features, weights=weights, sigmas=sigmas, radius=radius)
     if mu is not None:
-        energy, by_p = _any_matrix(apply, p, source, destination, mu)
+        rest, by_p = _any_matrix(apply, p, source, destination, mu)
     else:
         apply = functools.partial(apply, source=source, destination=destination, both_ends=with_gradient)
-        energy, by_p = _agreement(apply, p) if from_logits else _potts(apply, p)
-        energy = energy if with_gradient else 2 * energy
+        rest, by_p = _agreement(apply, p) if from_logits else _potts(apply, p)
+    mean = torch.linalg.vecdot(p, by_p, dim=1)
     if with_gradient and from_logits:
-        torch.mul(p, by_p.sub_(torch.linalg.vecdot(p, by_p, dim=1)[:, None]), out=gradient)
+        torch.mul(p, by_p.sub_(mean[:, None]), out=gradient)
     elif with_gradient:
         gradient.copy_(by_p)
-    return energy
+    # energy = sum_i rest_i + p_i . by_p_i / 2, pixel by pixel: where neighbours agree two equal sums cancel exactly
+    energy = torch.add(rest, mean, alpha=0.5).sum()
+    return energy if with_gradient or mu is not None else 2 * energy
 
 
 def _potts(apply: Callable[..., Tensor], p: Tensor) -> tuple[Tensor, Tensor]:
     sums = apply([p, p.new_ones(1).expand(p.shape[0], 1, *p.shape[2:])])
-    product, mass = sums[:, :-1], sums[:, -1]
-    # pixel by pixel, so that where neighbours agree two equal sums cancel exactly
-    return (mass - torch.linalg.vecdot(p, product, dim=1)).sum(), product.mul_(-2)
+    return sums[:, -1], sums[:, :-1].mul_(-2)
 
 
 def _agreement(apply: Callable[..., Tensor], p: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,8 +175,7 @@ def _agreement(apply: Callable[..., Tensor], p: Tensor) -> tuple[Tensor, Tensor]
         one, two, rest = largest.split([pairs, pairs, largest.shape[1] - 2 * pairs], dim=1)
         others += torch.minimum(one, two).sum(1)
         largest = torch.cat([torch.maximum(one, two), rest], dim=1)
-    by_p = torch.sub(2 * largest, sums, alpha=2, out=sums)
-    return (others + 0.5 * torch.linalg.vecdot(p, by_p, dim=1)).sum(), by_p
+    return others, torch.sub(2 * largest, sums, alpha=2, out=sums)
 
 
 def _any_matrix(
@@ -187,7 +186,7 @@ def _any_matrix(
     sums = apply(columns, source=None, destination=None).split(p.shape[1], dim=1)
     towards = d * torch.einsum("cd,ndhw->nchw", mu, sums[0])  # d mu K (s p)
     away = s * torch.einsum("dc,ndhw->nchw", mu, sums[-1])  # s mu^T K (d p)
-    return torch.linalg.vecdot(p, towards, dim=1).sum(), towards + away
+    return torch.zeros_like(towards[:, 0]), towards + away
 
 
 def _through_softmax(p: Tensor, gradient: Tensor) -> Tensor:
