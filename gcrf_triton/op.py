@@ -105,7 +105,8 @@ def pairwise_energy(
         if compatibility is None and engine.fits(input, input.shape[1] + (not from_logits), features, sigmas):
             return engine.potts_energy(input, *pairs, from_logits, gradient), gradient
         return _assemble(engine.apply_pairwise, input, *pairs, compatibility, from_logits, gradient), gradient
-    apply = functools.partial(torch_engine.apply_pairwise, threads=torch.get_num_threads())
+    pace = torch_engine.Pace(input.device, torch.get_num_threads())
+    apply = functools.partial(torch_engine.apply_pairwise, pace=pace)
     energy = input.new_zeros((), dtype=accumulation_dtype(input.dtype))
     with torch_engine.limit_threads(input.device):
         for few in _groups(*input.shape):

@@ -18,7 +18,8 @@ SMALLEST_TILE, LARGEST_TILE = 2048, 32768  # pixels
 VECTORS = 32  # elements of a step of PyTorch's vectorised loops, at the most
 GRAIN = 32768  # elements below which PyTorch gives a thread no share
 LARGEST_TEAM = 32
-STEPS_ALONE = 3  # operations
+STEPS_ALONE = 3
+PATIENCE = 2  # steps
 OFFSETS = 11  # at a time, so that memory does not grow with the window
 
 
@@ -31,7 +32,7 @@ def apply_pairwise(
     sigmas: Sequence[float],
     radius: int,
     both_ends: bool = True,
-    threads: int = 1,
+    pace: Pace | None = None,
 ) -> Tensor:
     """Multiply value columns by the gated pairwise kernel of a local window.
 
@@ -46,7 +47,7 @@ def apply_pairwise(
         sigmas: a row of 1 + len(features) a kernel, flattened, xy (in pixels) first; 0 where a kernel has no such term.
         radius: half width of the window in pixels.
         both_ends: False counts each pair at one of its ends only: half the work, and enough for a sum over all pairs.
-        threads: how many an operation may use on the CPU, where that helps.
+        pace: sees to it that operations on the CPU use several threads where that helps; None leaves them to PyTorch.
 
     Returns:
         [N, V, H, W]. The order of summation depends on the shapes alone, so results repeat bit by bit.
@@ -88,7 +89,7 @@ def apply_pairwise(
         _coefficients([feature.shape[1] for feature in features], sigmas, len(weights)),
         both_ends,
         [slice(start, start + tile) for start in range(0, tiles * tile, tile)],
-        _Pace(like.device, threads),
+        pace or Pace(like.device, threads=1),
     )
     return sums[:, :pixels].view(-1, *padded)[:, :, :height, :width].transpose(0, 1)
 
@@ -110,17 +111,17 @@ def limit_threads(device: torch.device, threads: int = 1) -> AbstractContextMana
     return _openmp().limit(limits=threads)
 
 
-class _Pace:
+class Pace:
     """Lets a loop of short operations use several threads for as long as that is faster.
 
     A team of threads that have nothing else to do makes them faster. But when another process wants the cores, each of
     the hundreds of operations waits for a thread that does not get to run, and one thread alone is much faster. So one
-    thread sets the pace, the team is tried against it, and sent away for good when it falls behind.
+    thread sets the pace, the team is tried against it, and sent away for good when it has taken longer in all.
     """
 
     def __init__(self, device: torch.device, threads: int) -> None:
         self.device, self.threads = device, threads if device.type == "cpu" else 1
-        self.alone, self.steps, self.late = math.inf, 0, 0
+        self.alone, self.steps, self.behind = math.inf, 0, 0.0
         self.team = ExitStack()
 
     def lead(self, elements: int) -> ExitStack:
@@ -132,15 +133,15 @@ class _Pace:
         return self.team
 
     def step(self, seconds: float) -> None:
-        """Note how long an operation took, and decide who takes the next."""
+        """Note how long a pixel took, and decide who takes the next."""
         self.steps += 1
         if self.steps <= STEPS_ALONE:
             self.alone = min(self.alone, seconds)
             if self.steps == STEPS_ALONE:
                 self._call_team()
-        elif seconds > self.alone and self.threads > 1:
-            self.late += 3 if seconds > 4 * self.alone else 1
-            if self.late > 2 + self.steps // 8:
+        elif self.threads > 1:
+            self.behind += seconds - self.alone
+            if self.behind > PATIENCE * self.alone:
                 self.threads = 1
                 self.team.close()
 
@@ -181,7 +182,7 @@ def _accumulate(
     coefficients: list[list[float]],
     both_ends: bool,
     tiles: list[slice],
-    pace: _Pace,
+    pace: Pace,
 ) -> None:
     tile, most = tiles[0].stop, max((len(log2_kernel[0]) for _, log2_kernel in offset_rows), default=0)
     buffers = values.new_empty(len(coefficients) + 1, most, tile)
@@ -199,9 +200,9 @@ def _accumulate(
                 for weight, other_values, other_sums in zip(kernel, other(values), other(sums), strict=True):
                     start = time.perf_counter()
                     own_sums.addcmul_(weight, other_values)
-                    pace.step(time.perf_counter() - start)
                     if both_ends:
                         other_sums.addcmul_(weight, own_values)
+                    pace.step((time.perf_counter() - start) / tile)
 
 
 def _shifted(rows: Tensor, first: int, count: int, length: int) -> Tensor:

@@ -25,7 +25,7 @@ def always_a_team(pace, seconds):
 
 @pytest.mark.parametrize("gates", ["", "s", "d"])
 def test_bits_do_not_depend_on_the_number_of_threads(many_threads, monkeypatch, gates):
-    monkeypatch.setattr(torch_engine._Pace, "step", always_a_team)
+    monkeypatch.setattr(torch_engine.Pace, "step", always_a_team)
     problem = make_problem((1, 5, 300, 290), radius=2, gates=gates, dtype=torch.float32)  # more than one thread's grain
     results = []
     for threads in (1, 2, 5, 7, 2):
@@ -44,7 +44,7 @@ def test_logits_repeat_on_one_number_of_threads(many_threads):
 
 def test_a_team_works_until_it_falls_behind():
     def pace_after(*milliseconds):
-        pace = torch_engine._Pace(torch.device("cpu"), 2)
+        pace = torch_engine.Pace(torch.device("cpu"), 2)
         with torch_engine.limit_threads(torch.device("cpu")), pace.lead(10**6):
             sizes = []
             for step in milliseconds:
@@ -57,7 +57,8 @@ def test_a_team_works_until_it_falls_behind():
     assert pace_after(5, 3, 4, 2, 2, 2, 2) == [1, 1, 2, 2, 2, 2, 2]
     assert pace_after(5, 3, 4, 2, 9, 2, 2) == [1, 1, 2, 2, 2, 2, 2]  # once is no reason
     assert pace_after(5, 3, 4, 4, 4, 2, 1) == [1, 1, 2, 2, 2, 2, 2]
-    assert pace_after(5, 3, 4, 4, 4, 5, 1) == [1, 1, 2, 2, 2, 1, 1]
+    assert pace_after(5, 3, 4, 1, 1, 1, 14, 1) == [1, 1, 2, 2, 2, 2, 2, 2]  # still ahead of one thread
+    assert pace_after(5, 3, 4, 4, 4, 8, 1) == [1, 1, 2, 2, 2, 1, 1]
     assert pace_after(5, 3, 4, 99, 1) == [1, 1, 2, 1, 1]
     assert torch.get_num_threads() == before
 
