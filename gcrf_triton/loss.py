@@ -236,12 +236,13 @@ def _hide_closed(
     source = open_gate if source is None else source
     destination = open_gate if destination is None else destination
     values = input.detach()
+    # a sum is finite only if all its terms are
+    if _readable(values) and all(tensor.sum(dtype=dtype).isfinite() for tensor in (values, *features)):
+        return input, features, source, destination
     finite = values.amax(1).isfinite() if from_logits else values.isfinite().all(1)  # a logit of -inf is a 0
     for feature in features:
         finite = finite & feature.isfinite().all(1)
     hidden = ~finite & ((source == 0) | (destination == 0))  # [N, H, W]
-    if _readable(hidden) and not hidden.any():
-        return input, features, source, destination
     columns = hidden[:, None]
     return (
         input.masked_fill(columns, 0),
