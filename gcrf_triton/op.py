@@ -9,6 +9,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -95,13 +96,14 @@ def pairwise_energy(
         A scalar in the accumulation dtype, and [N, C, H, W] in the dtype and memory format of the input (in float32
         where float16 might not hold it). Differentiable in `input` any number of times.
     """
-    if source is not None or destination is not None:
-        ones = torch.ones_like(input[:, 0], dtype=accumulation_dtype(input.dtype))
-        source, destination = (ones if gate is None else gate for gate in (source, destination))
-    gradient = _empty_gradient(input, source is not None, weights, radius, with_gradient)
-    pairs = (features, source, destination, weights, sigmas, radius)
+    gated = source is not None or destination is not None
+    gradient = _empty_gradient(input, gated, weights, radius, with_gradient)
     if select_engine(impl, input.device) == "triton":
         engine = _triton_engine()
+        if gated:
+            ones = torch.ones_like(input[:, 0], dtype=accumulation_dtype(input.dtype))
+            source, destination = (ones if gate is None else gate for gate in (source, destination))
+        pairs = (features, source, destination, weights, sigmas, radius)
         if compatibility is None and engine.fits(input, input.shape[1] + (not from_logits), features, sigmas):
             return engine.potts_energy(input, *pairs, from_logits, gradient), gradient
         return _assemble(engine.apply_pairwise, input, *pairs, compatibility, from_logits, gradient), gradient
@@ -113,7 +115,7 @@ def pairwise_energy(
             some = [feature[few] for feature in features]
             s, d = (gate if gate is None else gate[few] for gate in (source, destination))
             pairs = (some, s, d, weights, sigmas, radius)
-            energy += _assemble(apply, input[few], *pairs, compatibility, from_logits, gradient[few])
+            energy += _assemble(apply, input[few], *pairs, compatibility, from_logits, gradient[few], pace.lead)
     return energy, gradient
 
 
@@ -142,35 +144,37 @@ def _assemble(
     mu: Tensor | None,
     from_logits: bool,
     gradient: Tensor,
+    lead: Callable[[int], AbstractContextManager] = nullcontext,
 ) -> Tensor:
     # energy from the pairwise operator on columns, and its gradient unless that is empty
     dtype, with_gradient = accumulation_dtype(input.dtype), gradient.numel() > 0
-    p = torch.softmax(input, dim=1, dtype=dtype) if from_logits else input.to(dtype)
+    # softmax rounds whole vectors and what is left over differently
+    with lead(0 if math.prod(input.shape[2:]) % torch_engine.SHARED_PIXELS else input.numel()):
+        p = torch.softmax(input, dim=1, dtype=dtype) if from_logits else input.to(dtype)
     apply = functools.partial(apply_pairwise, features=features, weights=weights, sigmas=sigmas, radius=radius)
+    s, d = (1 if gate is None else gate[:, None] for gate in (source, destination))
     if mu is not None:
-        rest, by_p = _any_matrix(apply, p, source, destination, mu)
+        sums = apply([p] if s is d else [s * p, d * p], source=None, destination=None)
+        rest, by_p = torch.zeros_like(p[:, 0]), _through_matrix(sums, s, d, mu)
     else:
-        apply = functools.partial(apply, source=source, destination=destination, both_ends=with_gradient)
-        rest, by_p = _agreement(apply, p) if from_logits else _potts(apply, p)
-    mean = torch.linalg.vecdot(p, by_p, dim=1)
-    if with_gradient and from_logits:
-        torch.mul(p, by_p.sub_(mean[:, None]), out=gradient)
-    elif with_gradient:
-        gradient.copy_(by_p)
+        columns = [p] if from_logits else [p, p.new_ones(1).expand(p.shape[0], 1, *p.shape[2:])]
+        sums = apply(columns, source=source, destination=destination, both_ends=with_gradient)
+    with lead(p.numel()):
+        if mu is None:
+            rest, by_p = _agreement(sums) if from_logits else (sums[:, -1], sums[:, :-1].mul_(-2))
+        mean = torch.linalg.vecdot(p, by_p, dim=1)
+        if with_gradient and from_logits:
+            torch.mul(p, by_p.sub_(mean[:, None]), out=gradient)
+        elif with_gradient:
+            gradient.copy_(by_p)
     # energy = sum_i rest_i + p_i . by_p_i / 2, pixel by pixel: where neighbours agree two equal sums cancel exactly
     energy = torch.add(rest, mean, alpha=0.5).sum()
     return energy if with_gradient or mu is not None else 2 * energy
 
 
-def _potts(apply: Callable[..., Tensor], p: Tensor) -> tuple[Tensor, Tensor]:
-    sums = apply([p, p.new_ones(1).expand(p.shape[0], 1, *p.shape[2:])])
-    return sums[:, -1], sums[:, :-1].mul_(-2)
-
-
-def _agreement(apply: Callable[..., Tensor], p: Tensor) -> tuple[Tensor, Tensor]:
+def _agreement(sums: Tensor) -> tuple[Tensor, Tensor]:
     # Softmax sums to 1, so 1 - p_i . p_j = p_i^T (1 - I) p_j. With t the largest of G_i = (S p)_i that sums up to all
     # others plus p_i . (t - G_i): positive terms, exact where pixels agree. The gradient may lack what softmax drops.
-    sums = apply([p])
     largest, others = sums, torch.zeros_like(sums[:, 0])
     while pairs := largest.shape[1] // 2:  # a tournament of the classes: losers are summed
         one, two, rest = largest.split([pairs, pairs, largest.shape[1] - 2 * pairs], dim=1)
@@ -179,15 +183,9 @@ def _agreement(apply: Callable[..., Tensor], p: Tensor) -> tuple[Tensor, Tensor]
     return others, torch.sub(2 * largest, sums, alpha=2, out=sums)
 
 
-def _any_matrix(
-    apply: Callable[..., Tensor], p: Tensor, source: Tensor | None, destination: Tensor | None, mu: Tensor
-) -> tuple[Tensor, Tensor]:
-    s, d = (1 if gate is None else gate[:, None] for gate in (source, destination))
-    columns = [p] if source is None else [s * p, d * p]
-    sums = apply(columns, source=None, destination=None).split(p.shape[1], dim=1)
-    towards = d * torch.einsum("cd,ndhw->nchw", mu, sums[0])  # d mu K (s p)
-    away = s * torch.einsum("dc,ndhw->nchw", mu, sums[-1])  # s mu^T K (d p)
-    return torch.zeros_like(towards[:, 0]), towards + away
+def _through_matrix(sums: Tensor, s: Tensor | int, d: Tensor | int, mu: Tensor) -> Tensor:
+    by_source, by_destination = sums[:, : len(mu)], sums[:, -len(mu) :]  # K (s p) and K (d p), or K p for both
+    return d * torch.einsum("cd,ndhw->nchw", mu, by_source) + s * torch.einsum("dc,ndhw->nchw", mu, by_destination)
 
 
 def _through_softmax(p: Tensor, gradient: Tensor) -> Tensor:

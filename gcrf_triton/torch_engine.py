@@ -18,6 +18,7 @@ SMALLEST_TILE, LARGEST_TILE = 2048, 32768  # pixels
 VECTORS = 32  # elements of a step of PyTorch's vectorised loops, at the most
 GRAIN = 32768  # elements below which PyTorch gives a thread no share
 LARGEST_TEAM = 32
+SHARED_PIXELS = VECTORS * LARGEST_TEAM  # every thread of a team that has a power of two of them gets whole vectors
 STEPS_ALONE = 3
 PATIENCE = 2  # steps
 OFFSETS = 11  # at a time, so that memory does not grow with the window
@@ -36,13 +37,13 @@ def apply_pairwise(
 ) -> Tensor:
     """Multiply value columns by the gated pairwise kernel of a local window.
 
-        product_i = sum_j S_ij v_j,    S_ij = k_ij (s_j d_i + s_i d_j) / 2    (S_ij = k_ij without gates)
+        product_i = sum_j S_ij v_j,    S_ij = k_ij (s_j d_i + s_i d_j) / 2    (a gate that is not given is 1)
         k_ij = sum_m w_m exp(-1/2 sum_f |f_i - f_j|^2 / sigma_mf^2),    j != i, in the window of i and in the image
 
     Args:
         columns: tensors [N, v, H, W] of one floating dtype; stacked they are the V value columns.
         features: tensors [N, F, H, W] of that dtype.
-        source, destination: gates [N, H, W] of that dtype, both or neither.
+        source, destination: gates [N, H, W] of that dtype.
         weights: w_m, one a kernel.
         sigmas: a row of 1 + len(features) a kernel, flattened, xy (in pixels) first; 0 where a kernel has no such term.
         radius: half width of the window in pixels.
@@ -62,10 +63,13 @@ def apply_pairwise(
     padded = (batch, height + reach_y, width + reach_x)
     pixels = math.prod(padded)
     rows = sum(column.shape[1] for column in columns)
+    farthest = reach_y * padded[2] + reach_x  # shift
     tiles = max(1, round(pixels / min(max(TILE_VALUES // rows, SMALLEST_TILE), LARGEST_TILE)))
-    # Whole vectors for every thread of a team: an operation rounds its vectors and what is left over differently.
-    tile = _aligned(-(-pixels // tiles), VECTORS * (LARGEST_TEAM if rows * pixels > 2 * GRAIN else 1))
-    flat_pixels = _aligned(tiles * tile + reach_y * padded[2] + reach_x, VECTORS)  # as far as a shift reaches
+    # An operation rounds its vectors and what is left over differently.
+    unit = SHARED_PIXELS if rows * _aligned(pixels, VECTORS) > GRAIN else VECTORS
+    end = _aligned(pixels - farthest, unit)  # after the last pixel of the last image
+    tile = _aligned(-(-end // tiles), unit)
+    flat_pixels = _aligned(end + farthest, VECTORS)
 
     def flatten(tensors: Sequence[Tensor]) -> Tensor:
         rows = [tensor.shape[1] for tensor in tensors]
@@ -75,21 +79,23 @@ def apply_pairwise(
             target.copy_(tensor.transpose(0, 1))
         return flat
 
-    values = flatten(columns)
-    sums = torch.zeros_like(values)
-    gates = None
-    if source is not None and destination is not None:
-        gates = flatten([source[:, None], 0.5 * destination[:, None]])
+    pace = pace or Pace(like.device, threads=1)
+    with pace.lead(rows * pixels):
+        values = flatten(columns)
+        sums = torch.zeros_like(values)
+        given = [gate[:, None] for gate in (source, destination) if gate is not None]
+        gates = flatten([*given[:-1], 0.5 * given[-1]]) if given else None
+        flat_features = flatten(features)
     _accumulate(
         values,
         sums,
-        flatten(features),
+        flat_features,
         gates,
         list(_offset_rows(reach_y, reach_x, padded[2], weights, sigmas[:: 1 + len(features)], like)),
         _coefficients([feature.shape[1] for feature in features], sigmas, len(weights)),
         both_ends,
-        [slice(start, start + tile) for start in range(0, tiles * tile, tile)],
-        pace or Pace(like.device, threads=1),
+        [slice(start, min(start + tile, end)) for start in range(0, end, tile)],
+        pace,
     )
     return sums[:, :pixels].view(-1, *padded)[:, :, :height, :width].transpose(0, 1)
 
@@ -126,8 +132,8 @@ class Pace:
 
     def lead(self, elements: int) -> ExitStack:
         """Context of operations on at least so many elements."""
-        # A power of two, and never more than PyTorch gives a share: these divide a tile into whole vectors.
-        self.share = 1 << max(min(self.threads, LARGEST_TEAM, elements // GRAIN), 1).bit_length() - 1
+        # A power of two, and never more than PyTorch gives a share: these divide SHARED_PIXELS into whole vectors.
+        self.share = 1 << max(min(self.threads, LARGEST_TEAM, -(-elements // GRAIN)), 1).bit_length() - 1
         if self.steps >= STEPS_ALONE:
             self._call_team()
         return self.team
@@ -184,19 +190,24 @@ def _accumulate(
     tiles: list[slice],
     pace: Pace,
 ) -> None:
-    tile, most = tiles[0].stop, max((len(log2_kernel[0]) for _, log2_kernel in offset_rows), default=0)
-    buffers = values.new_empty(len(coefficients) + 1, most, tile)
+    most = max((len(log2_kernel[0]) for _, log2_kernel in offset_rows), default=0)
+    buffers = values.new_empty(len(coefficients) + 1, most, tiles[0].stop)
     for own in tiles:
+        tile = own.stop - own.start
         own_values, own_sums = values[:, own], sums[:, own]
         for shift, log2_kernel in offset_rows:
             n = log2_kernel.shape[1]
             other = functools.partial(_shifted, first=own.start + shift, count=n, length=tile)
             with pace.lead(min(n, len(values)) * tile):
-                kernel = _kernel(features, own, other, log2_kernel, coefficients, buffers[:, :n])
+                kernel = _kernel(features, own, other, log2_kernel, coefficients, buffers[:, :n, :tile])
                 if gates is not None:
-                    (source, destination), (own_source, own_destination) = other(gates).unbind(1), gates[:, own]
-                    gate = torch.mul(source, own_destination, out=buffers[-1, :n])
-                    kernel.mul_(gate.addcmul_(destination, own_source))
+                    own_gates, (*other_source, other_gate) = gates[:, own], other(gates).unbind(1)
+                    gate = buffers[-1, :n, :tile]
+                    if other_source:
+                        torch.mul(other_source[0], own_gates[1], out=gate).addcmul_(other_gate, own_gates[0])
+                    else:
+                        torch.add(other_gate, own_gates[0], out=gate)
+                    kernel.mul_(gate)
                 for weight, other_values, other_sums in zip(kernel, other(values), other(sums), strict=True):
                     start = time.perf_counter()
                     own_sums.addcmul_(weight, other_values)

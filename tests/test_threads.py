@@ -23,23 +23,26 @@ def always_a_team(pace, seconds):
         pace._call_team()
 
 
-@pytest.mark.parametrize("gates", ["", "s", "d"])
-def test_bits_do_not_depend_on_the_number_of_threads(many_threads, monkeypatch, gates):
+@pytest.mark.parametrize("gates", ["", "s", "d", "sd"])
+@pytest.mark.parametrize("shape", [(1, 5, 90, 81), (1, 5, 300, 290), (2, 6, 192, 256), (3, 2, 201, 203)])
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_bits_do_not_depend_on_the_number_of_threads(many_threads, monkeypatch, from_logits, shape, gates):
     monkeypatch.setattr(torch_engine.Pace, "step", always_a_team)
-    problem = make_problem((1, 5, 300, 290), radius=2, gates=gates, dtype=torch.float32)  # more than one thread's grain
+    problem = make_problem(shape, radius=2, gates=gates, dtype=torch.float32)
     results = []
-    for threads in (1, 2, 5, 7, 2):
+    for threads in (1, 2, 5, 7, 9, 2):
         torch.set_num_threads(threads)
-        results.append((*value_and_gradient(problem, lambda p: p.loss()), problem.loss(reduction="none")))
+        found = value_and_gradient(problem, lambda p: p.loss(from_logits=from_logits))
+        results.append((*found, problem.loss(reduction="none")))
     for result in results[1:]:
         assert all(torch.equal(*pair) for pair in zip(result, results[0], strict=True))
 
 
-def test_logits_repeat_on_one_number_of_threads(many_threads):
+def test_single_energies_of_logits_repeat_on_one_number_of_threads(many_threads):
     problem = make_problem((1, 5, 300, 290), radius=2, gates="s", dtype=torch.float32)
     torch.set_num_threads(3)
-    first, second = (value_and_gradient(problem, lambda p: p.loss(from_logits=True)) for _ in range(2))
-    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    first, second = (problem.loss(from_logits=True, reduction="none") for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_a_team_works_until_it_falls_behind():
