@@ -229,16 +229,15 @@ def _energies(
 
 def _hide_closed(
     input: Tensor, features: list[Tensor], source: Tensor | None, destination: Tensor | None, from_logits: bool
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor | None]:
     # A pixel under a closed gate whose prediction or features are not finite leaves the sum; its values become 0.
-    dtype = accumulation_dtype(input.dtype)
-    open_gate = torch.ones_like(input[:, 0], dtype=dtype, requires_grad=False)
-    source = open_gate if source is None else source
-    destination = open_gate if destination is None else destination
-    values = input.detach()
+    dtype, values = accumulation_dtype(input.dtype), input.detach()
     # a sum is finite only if all its terms are
     if _readable(values) and all(tensor.sum(dtype=dtype).isfinite() for tensor in (values, *features)):
         return input, features, source, destination
+    open_gate = torch.ones_like(values[:, 0], dtype=dtype)
+    source = open_gate if source is None else source
+    destination = open_gate if destination is None else destination
     finite = values.amax(1).isfinite() if from_logits else values.isfinite().all(1)  # a logit of -inf is a 0
     for feature in features:
         finite = finite & feature.isfinite().all(1)

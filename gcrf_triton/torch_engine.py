@@ -13,8 +13,8 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 HALF_LOG2_E = 0.5 * math.log2(math.e)  # exp(-x / 2) = exp2(-HALF_LOG2_E x)
-TILE_VALUES = 360_000  # of a tile: they stay in cache, and an operation on them outlasts its own start
-SMALLEST_TILE, LARGEST_TILE = 2048, 32768  # pixels
+TILE_VALUES = 500_000  # of a tile: they stay in cache, and an operation on them outlasts its own start
+SMALLEST_TILE, LARGEST_TILE = 2048, 65536  # pixels
 VECTORS = 32  # elements of a step of PyTorch's vectorised loops, at the most
 GRAIN = 32768  # elements below which PyTorch gives a thread no share
 LARGEST_TEAM = 32
@@ -161,15 +161,18 @@ def _offset_rows(
 ) -> Iterator[tuple[int, Tensor]]:
     # The half window by rows, a few offsets at a time: the shift of the first one, and log2(w_m) plus the xy term of
     # each [M, n, 1].
+    rows, columns = (
+        torch.arange(-reach, reach + 1, dtype=like.dtype, device=like.device) for reach in (reach_y, reach_x)
+    )
+    squared = rows[reach_y:, None] ** 2 + columns**2
+    terms = [
+        math.log2(weight) - squared * (HALF_LOG2_E / sigma**2 if sigma else 0.0)
+        for weight, sigma in zip(weights, sigmas_xy, strict=True)
+    ]
+    table = torch.stack(terms)[..., None]  # [M, dy, dx, 1]
     for dy in range(reach_y + 1):
         for first in range(-reach_x if dy else 1, reach_x + 1, OFFSETS):
-            dx = torch.arange(first, min(first + OFFSETS, reach_x + 1), dtype=like.dtype, device=like.device)
-            squared = dx**2 + dy**2
-            terms = [
-                math.log2(weight) - squared * (HALF_LOG2_E / sigma**2 if sigma else 0.0)
-                for weight, sigma in zip(weights, sigmas_xy, strict=True)
-            ]
-            yield dy * pitch + first, torch.stack(terms)[:, :, None]
+            yield dy * pitch + first, table[:, dy, reach_x + first :][:, :OFFSETS]
 
 
 def _coefficients(channels: Sequence[int], sigmas: Sequence[float], kernels: int) -> list[list[float]]:
