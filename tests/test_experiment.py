@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from bench.weak_supervision import boundaries, experiment, report
-from bench.weak_supervision.data import open_collection
+from bench.weak_supervision import boundaries, costs, experiment, report
+from bench.weak_supervision.collection import open_collection
 from bench.weak_supervision.settings import preset
 
 NETWORK = "tests.test_weak_supervision:stride_two"
@@ -64,6 +66,47 @@ def test_experiment(
     ]
     with pytest.raises(SystemExit, match=r"acdc.csv: expected acdc-scribbles-pce-steps=2-0 with crop=25, got 24"):
         experiment.main([*arguments, "--crop", "25"])
+    next((acdc / "slices").iterdir()).unlink()
+    with pytest.raises(
+        SystemExit, match=r"acdc.csv: expected acdc-scribbles-pce-steps=2-0 with files=\w{8}, got \w{8};"
+    ):
+        experiment.main(arguments)
+    (msrc / "classes.txt").write_text("dark\nlight\n")
+    with pytest.raises(SystemExit, match=r"msrc.csv: expected a column 'iou light', got none; choose another --out"):
+        experiment.main([*arguments[2:], "--class-weights", "log"])
+
+
+def test_costs(
+    acdc: Path, msrc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"network": NETWORK, "crop": 24, "batch": 2}
+    cases = {title: (data, more | changes) for title, (data, more) in costs.CASES.items()}
+    monkeypatch.setattr(costs, "CASES", cases)
+    data = ["--acdc", str(acdc), "--msrc", str(msrc)]
+    costs.main([*data, "--turns", "2", "--csv", str(tmp_path / "a" / "costs.csv")])
+    with (tmp_path / "a" / "costs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["run"] for row in rows] == 2 * list(costs.CASES)
+    assert all(0 < float(row["loss_share"]) < 1 and float(row["seconds_per_step"]) > 0 for row in rows)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 4 and all(re.fullmatch(r"(acdc|msrc), .+: .+% \(.+% to .+%\)", line) for line in printed)
+
+
+@pytest.mark.parametrize("command", [costs, experiment, boundaries])
+def test_what_cannot_be_run_is_said_in_one_line(
+    command: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--data", "msrc", "--root", "nowhere"] if command is boundaries else ["--msrc", "nowhere"]
+    with pytest.raises(SystemExit, match=r"^error: nowhere/classes.txt: expected a list of names, got No such file"):
+        command.main(arguments)
+
+
+def test_the_experiment_is_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        experiment.main(["--acdc", "ACDC"])
+    assert "expected one process" in capsys.readouterr().err
 
 
 def test_sweeps_are_scored_on_what_is_held_apart(
@@ -160,3 +203,6 @@ def test_loss_of_dense_masks(msrc: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert weight * mass == pytest.approx(boundaries.STRENGTH, rel=0.1)
     with pytest.raises(SystemExit, match="root: expected the folder"):
         boundaries.main(["--data", "msrc"])
+    Image.new("L", (48, 36), 9).save(msrc / "SegmentationClass" / "photo_1.png")
+    boundaries.main(["--data", "msrc", "--root", str(msrc)])
+    assert "left out: photo_1: expected 2 classes, got class 9" in capsys.readouterr().out

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +15,13 @@ import torch
 from PIL import Image
 from scipy.ndimage import label
 
-from bench.weak_supervision.data import VOC_CLASSES, check, keep_regions, open_data, seeded
+from bench.weak_supervision.collection import VOC_CLASSES
+from bench.weak_supervision.data import check, keep_regions, open_data, seeded
 from bench.weak_supervision.labels import (
+    CITYSCAPES_CLASSES,
     Stroke,
+    class_number,
+    click_of,
     draw,
     make_clicks,
     make_scribbles,
@@ -75,8 +82,8 @@ def test_files_keep_what_was_written(mask: np.ndarray, tmp_path: Path) -> None:
     write_scribbles(tmp_path / "a.xml", strokes, NAMES)
     assert read_scribbles(tmp_path / "a.xml", NAMES) == strokes
     clicks = {"a": make_clicks(mask), "b": [Stroke(2, ((1.5, 2.25),))]}
-    write_clicks(tmp_path / "clicks.json", clicks)
-    assert read_clicks([tmp_path / "clicks.json"], NAMES) == clicks
+    write_clicks(tmp_path / "clicks.json", clicks, NAMES)
+    assert strokes_in([tmp_path / "clicks.json"], NAMES) == clicks
 
 
 def test_formats_of_people(tmp_path: Path) -> None:
@@ -91,10 +98,31 @@ def test_formats_of_people(tmp_path: Path) -> None:
     ]
     (tmp_path / "objects.json").write_text(json.dumps({"a": [{"y": 3.5, "x": 2.5, "rank": 1, "cls": 16}]}))
     (tmp_path / "background.json").write_text(json.dumps({"a": [{"x": 9, "y": 1, "cls": 0}], "b": []}))
-    clicks = read_clicks([tmp_path / "objects.json", tmp_path / "background.json"], VOC_CLASSES)
+    clicks = strokes_in([tmp_path / "objects.json", tmp_path / "background.json"], VOC_CLASSES)
     assert clicks == {"a": [Stroke(16, ((2.5, 3.5),)), Stroke(0, ((9, 1),))], "b": []}
-    (tmp_path / "cityscapes.json").write_text(json.dumps({"aachen_0": [{"cls": "cow", "x": 1, "y": 2}]}))
-    assert read_clicks([tmp_path / "cityscapes.json"], NAMES) == {"aachen_0": [Stroke(1, ((1, 2),))]}
+    (tmp_path / "named.json").write_text(json.dumps({"a": [{"cls": "cow", "x": 1, "y": 2}]}))
+    assert strokes_in([tmp_path / "named.json"], NAMES) == {"a": [Stroke(1, ((1, 2),))]}
+
+
+def test_clicks_of_cityscapes_are_label_ids(tmp_path: Path) -> None:
+    points = [{"cls": number, "x": number, "y": 1} for number in (7, 26, 4, 33)]  # road, car, static, bicycle
+    (tmp_path / "cityscapes.json").write_text(json.dumps({"aachen_0": points}))
+    found = strokes_in([tmp_path / "cityscapes.json"], CITYSCAPES_CLASSES)
+    assert found == {"aachen_0": [Stroke(0, ((7, 1),)), Stroke(13, ((26, 1),)), Stroke(18, ((33, 1),))]}
+    write_clicks(tmp_path / "again.json", found, CITYSCAPES_CLASSES)
+    assert strokes_in([tmp_path / "again.json"], CITYSCAPES_CLASSES) == found
+
+
+def test_names_go_before_numbers() -> None:
+    names = ("1", "2", "3")
+    assert [class_number(tag, names, "") for tag in ("1", "3", 1, "0")] == [0, 2, 1, 0]
+
+
+def strokes_in(paths: list[Path], class_names: Sequence[str]) -> dict[str, list[Stroke]]:
+    return {
+        name: [stroke for path, point in points if (stroke := click_of(point, class_names, path))]
+        for name, points in read_clicks(paths).items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -105,14 +133,18 @@ def test_formats_of_people(tmp_path: Path) -> None:
         ("a.xml", "<a><polygon><tag>cow</tag><point><X>1</X></point></polygon></a>", "expected numbers X and Y"),
         ("a.json", "{", "expected clicks as JSON"),
         ("a.json", "[1]", "expected image names with lists of x, y and cls"),
-        ("a.json", '{"a": [{"x": 1, "cls": 0}]}', "expected image names with lists of x, y and cls"),
+        ("a.json", '{"a": 3}', "expected image names with lists of x, y and cls"),
+        ("a.json", '{"a": [{"x": 1, "cls": 0}]}', "expected a click with x, y and cls"),
+        ("a.json", '{"a": [7]}', "expected a click with x, y and cls, got 7"),
+        ("a.json", '{"a": [{"x": "abc", "y": 1, "cls": 0}]}', "expected numbers x and y, got 'abc' and 1"),
+        ("a.xml", "<annotation><object><name>cow</name></object></annotation>", "got object and no polygon"),
         ("a.json", '{"a": [{"x": 1, "y": 1, "cls": 3}]}', "one of the 3 classes, got 3"),
     ],
 )
 def test_broken_labels_are_named_in_one_line(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError) as raised:
-        read_scribbles(tmp_path / name, NAMES) if name == "a.xml" else read_clicks([tmp_path / name], NAMES)
+        read_scribbles(tmp_path / name, NAMES) if name == "a.xml" else strokes_in([tmp_path / name], NAMES)
     assert message in str(raised.value) and str(tmp_path / name) in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -221,8 +253,7 @@ def test_labels_are_made_once_saved_and_read_back(folder: Settings, tmp_path: Pa
     for kind, suffix in (("clicks", ".json"), ("scribbles", "")):
         settings = preset("folder", root=str(tmp_path), labels=kind)
         data = open_data(settings, tmp_path / "made")
-        made = tmp_path / "made" / f"folder-{kind}-0{suffix}"
-        assert made.exists()
+        (made,) = (tmp_path / "made").glob(f"folder-{kind}-0-????????{suffix}")
         again = open_data(replace(settings, labels_from=str(made)), tmp_path / "none")
         for name in data.training:
             labels, mask = data.labeller(name, 20, 30), data.collection.read_mask(name)
@@ -233,13 +264,64 @@ def test_labels_are_made_once_saved_and_read_back(folder: Settings, tmp_path: Pa
 def test_images_without_clicks_and_clicks_outside_are_reported(folder: Settings, tmp_path: Path) -> None:
     clicks = {f"{number:02}": [{"x": 10, "y": 10, "cls": 1}] for number in range(6, 12)}
     clicks["07"][0]["x"] = 300
+    clicks["09"][0]["cls"] = 99
     (tmp_path / "clicks.json").write_text(json.dumps(clicks))
-    settings = preset("folder", root=str(tmp_path), labels="clicks", labels_from=str(tmp_path / "clicks.json"))
+    (tmp_path / "ground.json").write_text(json.dumps({"10": [{"x": 1, "y": 400, "cls": 0}]}))
+    sources = f"{tmp_path / 'clicks.json'},{tmp_path / 'ground.json'}"
+    settings = preset("folder", root=str(tmp_path), labels="clicks", labels_from=sources)
     data = open_data(settings, tmp_path, on_broken="skip")
-    broken, _ = check(data.collection, data.labeller, ["05", "07", "08"])
-    assert list(broken) == ["05", "07"]
-    assert "clicks.json: expected clicks for 05, got none" in broken["05"]
+    broken, _ = check(data.collection, data.labeller, ["05", "07", "08", "09", "10"])
+    assert list(broken) == ["05", "07", "09", "10"] and not set(broken) & set(data.training)
+    assert "clicks.json" in broken["05"] and "ground.json: expected clicks for 05, got none" in broken["05"]
     assert "clicks.json: 07: expected points within 30 x 20 pixels, got x=300" in broken["07"]
+    assert "clicks.json: 09: expected one of the 2 classes, got 99" in broken["09"]
+    assert "ground.json: 10: expected points within 30 x 20 pixels, got x=1, y=400" in broken["10"]
+
+
+def test_labels_of_no_pixel_are_refused_and_missing_classes_told(
+    msrc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = preset("msrc", root=str(msrc), labels_from=str(tmp_path / "clicks.json"))
+    clicks = {f"photo_{number}": [] for number in range(14)}
+    (tmp_path / "clicks.json").write_text(json.dumps(clicks))
+    with pytest.raises(ValueError, match=r"clicks.json: expected labelled pixels to train on, got none"):
+        open_data(settings, tmp_path)
+    clicks["photo_3"].append({"x": 40, "y": 5, "cls": 1})
+    (tmp_path / "clicks.json").write_text(json.dumps(clicks))
+    assert open_data(settings, tmp_path).pixels[0] == 0
+    assert capsys.readouterr().out == "no labels to train on: dark\n"
+
+
+def test_labels_made_from_other_masks_are_not_taken(msrc: Path, tmp_path: Path) -> None:
+    settings = preset("msrc", root=str(msrc), thickness=1.0)
+    before = open_data(settings, tmp_path).labeller("photo_1", 36, 48)
+    mask = Image.fromarray(np.random.default_rng(0).integers(0, 2, (36, 48), np.uint8).repeat(2, 0)[:36])
+    mask.save(msrc / "SegmentationClass" / "photo_1.png")
+    after = open_data(settings, tmp_path).labeller("photo_1", 36, 48)
+    assert not np.array_equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test_list": "test.txt"}, "train_list: expected a list as test_list has one, got none"),
+        ({"train_list": "train.txt"}, "test_list: expected a list as train_list has one, got none"),
+        ({"images": "/photos/{name}.jpg"}, "images: expected a pattern under the root with one {name}"),
+        ({"images": "photos/{name}.jpg"}, "expected 5 images or more as photos/{name}.jpg, got 0"),
+        ({"evaluate_on": "held-out", "held_out": 0.0}, "held_out: expected a share of 10 images, got 0: none"),
+    ],
+)
+def test_lists_that_split_nothing_are_refused(
+    folder: Settings, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        open_data(replace(folder, **changes), tmp_path)
+
+
+def test_labels_can_be_sent_to_other_processes(msrc: Path, tmp_path: Path) -> None:
+    data = open_data(preset("msrc", root=str(msrc), keep=0.5), tmp_path)
+    sent = pickle.loads(pickle.dumps(data))
+    assert np.array_equal(sent.labeller("photo_2", 36, 48), data.labeller("photo_2", 36, 48))
 
 
 def test_lists_of_sbd_name_images_and_masks(folder: Settings, tmp_path: Path) -> None:

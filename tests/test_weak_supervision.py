@@ -17,7 +17,8 @@ from torch import nn
 
 from bench.weak_supervision import __main__ as command
 from bench.weak_supervision import losses
-from bench.weak_supervision.data import Slices, open_data
+from bench.weak_supervision.collection import Slices
+from bench.weak_supervision.data import open_data
 from bench.weak_supervision.networks import build_network
 from bench.weak_supervision.scores import Scores
 from bench.weak_supervision.settings import Settings, preset
@@ -97,6 +98,8 @@ def test_killed_anywhere_a_training_ends_in_the_same_numbers(
     assert states[0]["progress"]["step"] == states[1]["progress"]["step"] == 6
     for name, tensor in states[0]["network"].items():
         assert torch.equal(tensor, states[1]["network"][name])
+    reading = run(small("acdc", acdc, **changes, workers=1), tmp_path / "cut")
+    assert reading.curve == whole.curve  # who reads has no effect
     other = run(small("acdc", acdc, **changes, seed=1), tmp_path / "other")
     assert other.curve != whole.curve
 
@@ -241,13 +244,15 @@ def test_the_loss_starts_late_and_rises() -> None:
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"evaluations": 0}, "evaluations: expected at least 1, got 0"),
         ({"keep": 1.5}, "keep: expected 0 to 1, got 1.5"),
+        ({"radius": 0}, "radius: expected at least 1, got 0"),
+        ({"sigma": 0}, "sigma: expected at least 1e-06, got 0"),
         ({"smallest": 2}, "smallest: expected at most largest=1.25, got 2.0"),
         ({"root": ""}, "root: expected the folder of the data, got none"),
         ({"root": "/nowhere"}, "train.txt: expected a list of names, got No such file"),
     ],
 )
 def test_refusals_are_one_line(acdc: Path, tmp_path: Path, changes: dict[str, object], message: str) -> None:
-    options = {"root": acdc, "network": NETWORK, "steps": 2, "delay": 0, "batch": 4, "crop": 24} | changes
+    options = {"root": acdc, "network": NETWORK, "steps": 2, "delay": 1, "batch": 4, "crop": 24} | changes
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     with pytest.raises(SystemExit) as ended:
         command.main(["--data", "acdc", "--out", str(tmp_path / "out"), *arguments])

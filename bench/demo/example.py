@@ -15,7 +15,7 @@ from scipy.ndimage import distance_transform_edt
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
-from ..weak_supervision.data import open_picture
+from ..weak_supervision.collection import open_picture
 from ..weak_supervision.labels import UNLABELLED
 from ..weak_supervision.scores import near_boundary, overlap
 

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from gcrf_triton import gated_crf_loss
 
-from .data import Collection, open_collection
+from .collection import Collection, open_collection
+from .data import Labeller, check
 from .labels import UNLABELLED
 from .losses import crf_arguments, kernel_mass, to_grid
 from .samples import shorten
@@ -73,10 +74,17 @@ def main(arguments: list[str] | None = None) -> None:
 
 @torch.no_grad()
 def loss_of_masks(collection: Collection, settings: Settings) -> Boundaries:
-    """Kernel mass and the Gated CRF loss of dense masks, over training images; void is gated out on both sides."""
+    """Kernel mass and the Gated CRF loss of dense masks, over training images; void is gated out on both sides.
+
+    Images and masks that `data.check` finds broken are left out.
+    """
     names = collection.lists["train"]
+    names = names[:: -(-len(names) // IMAGES)]
+    broken, _ = check(collection, Labeller(collection, "dense"), names)
     found = []
-    for name in tqdm(names[:: -(-len(names) // IMAGES)], desc="masks", unit="image", leave=False, disable=None):
+    for name in tqdm(
+        [name for name in names if name not in broken], desc="masks", unit="image", leave=False, disable=None
+    ):
         mask = torch.from_numpy(collection.read_mask(name))
         image, mask = shorten(collection.read_image(name), mask, settings.side, thin=False)
         classes = F.one_hot(torch.where(mask == UNLABELLED, 0, mask).long(), len(collection.class_names))
@@ -85,7 +93,9 @@ def loss_of_masks(collection: Collection, settings: Settings) -> Boundaries:
         gated = dataclasses.replace(settings, gates="both")
         arguments = crf_arguments(image[None], unlabelled, known, truth.shape[2:], gated)
         found.append((kernel_mass(arguments, truth.shape[2:]).item(), gated_crf_loss(truth, **arguments).item()))
-    mass, loss = map(statistics.fmean, zip(*found, strict=True))
+    for message in broken.values():
+        tqdm.write(f"left out: {message}")
+    mass, loss = map(statistics.fmean, zip(*found, strict=True)) if found else (0.0, 0.0)
     if mass == 0:
         raise ValueError(f"masks: expected labelled pixels in the {len(found)} that were read, got void alone")
     return Boundaries(mass, loss)

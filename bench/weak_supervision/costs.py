@@ -16,8 +16,9 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from .collection import fingerprint
 from .data import open_data
-from .experiment import append_row, plan, row_of
+from .experiment import Plan, append_row, row_of
 from .losses import time_loss
 from .samples import Batches, TrainingSet
 from .settings import Settings, preset
@@ -36,8 +37,9 @@ class Case:
     """A training that can be gone on with, a turn at a time."""
 
     def __init__(self, settings: Settings, turns: int, labels: Path) -> None:
-        self.settings = settings
+        self.settings, self.files = settings, fingerprint(settings)
         data = open_data(settings, labels)
+        self.left_out = data.left_out
         self.trainer = Trainer(settings, data.pixels)
         samples = TrainingSet(data, settings)
         batches = Batches(len(samples), settings.batch, range(turns * STEPS), settings.seed, 0, 1)
@@ -81,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
             for title, case in cases.items():
                 result = case.turn()
                 shares[title].append(result.loss_share)
-                append_row(options.csv, row_of(plan(case.settings), result))
+                append_row(options.csv, row_of(Plan(title, case.settings), result, case.files, case.left_out))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     for title, found in shares.items():

@@ -17,6 +17,7 @@ import csv
 import dataclasses
 import datetime
 import json
+import os
 import platform
 import statistics
 import sys
@@ -30,10 +31,11 @@ import gcrf_triton
 
 from ..run import processor, revision
 from .boundaries import loss_of_masks
-from .data import open_collection, open_data
+from .collection import fingerprint, open_collection
+from .data import open_data
 from .report import Strength, draw_curves, draw_panel, draw_sweeps, draw_transfer, table_of
 from .settings import GATES, Settings, add_options, preset
-from .train import Result, train
+from .train import WITHOUT_EFFECT, Result, train
 
 KINDS = {"acdc": ["scribbles"], "msrc": ["clicks", "scribbles"], "voc": ["clicks"], "folder": ["clicks"]}
 QUICK = {"acdc": 200, "msrc": 120, "voc": 120, "folder": 120}  # steps
@@ -124,6 +126,8 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, di
     free = [entry.name for entry in dataclasses.fields(Settings) if entry.name not in DECIDED_HERE]
     add_options(parser, free)
     options = parser.parse_args(arguments)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("expected one process; torchrun is for python -m bench.weak_supervision")
     if not any(getattr(options, data) for data in KINDS):
         parser.error("expected the folder of at least one data set")
     if options.seeds is None:
@@ -238,19 +242,23 @@ def plan(base: Settings, **changes: object) -> Plan:
 def run_all(data: str, wanted: list[Plan], options: argparse.Namespace) -> dict[str, dict[str, str]]:
     """Train what has no row yet, one after the other; the rows of what is wanted and done, by name."""
     table = options.out / f"{data}.csv"
+    files = fingerprint(wanted[0].settings)
     for training in wanted:
         rows = {row["run"]: row for row in read_rows(table)}
         if training.name in rows:
-            refuse_changes(training, rows[training.name], table)
+            refuse_changes(training, rows[training.name], files, table)
             continue
         if options.report:
             continue
         folder = options.out / training.name
         folder.mkdir(parents=True, exist_ok=True)
         data_read = open_data(training.settings, options.out / "labels", options.on_broken)
+        for row in rows.values():
+            if wrong := {f"iou {name}" for name in data_read.collection.class_names} - set(row):
+                raise ValueError(f"{table}: expected a column {min(wrong)!r}, got none; choose another --out")
         result = train(training.settings, data_read, folder)
         (folder / "curve.json").write_text(json.dumps(result.curve))
-        append_row(table, row_of(training, result))
+        append_row(table, row_of(training, result, files=files, left_out=data_read.left_out))
         (folder / "checkpoint.pt").unlink(missing_ok=True)
         tqdm.write(f"{training.name}: " + ", ".join(f"{name} {result.scores[name]:.3f}" for name in ("dice", "miou")))
     done = {row["run"]: row for row in read_rows(table)}
@@ -291,8 +299,8 @@ def strengths(wanted: list[Plan], done: dict[str, dict[str, str]], metric: str) 
     return found
 
 
-def row_of(training: Plan, result: Result) -> dict[str, object]:
-    """Scores, costs, every setting and what it ran with."""
+def row_of(training: Plan, result: Result, files: str, left_out: int) -> dict[str, object]:
+    """Scores, costs, every setting, the fingerprint of the files, how many were left out, and what it ran with."""
     settings = {name: value for name, value in asdict(training.settings).items() if name not in NOT_RECORDED}
     scores = {name: value for name, value in result.scores.items() if name not in ("step", "pce", "gcrf")}
     return (
@@ -305,6 +313,8 @@ def row_of(training: Plan, result: Result) -> dict[str, object]:
         }
         | settings
         | {
+            "files": files,
+            "left_out": left_out,
             "date_utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
             "threads": torch.get_num_threads(),
@@ -316,10 +326,10 @@ def row_of(training: Plan, result: Result) -> dict[str, object]:
     )
 
 
-def refuse_changes(training: Plan, row: dict[str, str], table: Path) -> None:
-    """Raise ValueError unless a row has the settings that are asked for."""
-    for name, value in asdict(training.settings).items():
-        if name not in NOT_RECORDED and row.get(name) != str(value):
+def refuse_changes(training: Plan, row: dict[str, str], files: str, table: Path) -> None:
+    """Raise ValueError unless a row has the settings and files that are asked for."""
+    for name, value in (asdict(training.settings) | {"files": files}).items():
+        if name not in (*NOT_RECORDED, *WITHOUT_EFFECT) and row.get(name) != str(value):
             found = row.get(name, "no such column")
             raise ValueError(
                 f"{table}: expected {training.name} with {name}={value}, got {found}; choose another --out"

@@ -2,7 +2,8 @@
 
 A click is a stroke of one point. Scribbles are ScribbleSup's XML files, one an image: `annotation/polygon` elements
 with a `tag`, the name of the class, and `point` elements with `X` and `Y`. Clicks are JSON files as of What's the Point
-and of Cityscapes: image name -> list of {"x", "y", "cls"}, where `cls` is a number or a name.
+and of Cityscapes: image name -> list of {"x", "y", "cls"}, where `cls` is a name or a number: that of the class, and
+for the classes of Cityscapes its label id.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ ALIASES = {  # tags of ScribbleSup that are not VOC's names
     "plant": "pottedplant",
     "monitor": "tvmonitor",
 }
+CITYSCAPES_CLASSES = (
+    *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation"),
+    *("terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"),
+)
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # of these classes
+CITYSCAPES_ALL_IDS = range(-1, 34)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,8 @@ def read_scribbles(path: Path, class_names: Sequence[str]) -> list[Stroke]:
             raise ValueError(f"{path}: expected numbers X and Y in every point, got {error}") from error
         if points:
             strokes.append(Stroke(number, points))
+    if not strokes and len(root):
+        raise ValueError(f"{path}: expected scribbles as polygons of points, got {root[0].tag} and no polygon")
     return strokes
 
 
@@ -70,29 +79,40 @@ def write_scribbles(path: Path, strokes: Iterable[Stroke], class_names: Sequence
     ElementTree.ElementTree(root).write(path)
 
 
-def read_clicks(paths: Iterable[Path], class_names: Sequence[str]) -> dict[str, list[Stroke]]:
-    """Image name -> clicks of all the JSON files together (foreground and background come apart)."""
-    clicks: dict[str, list[Stroke]] = {}
+def read_clicks(paths: Iterable[Path]) -> dict[str, list[tuple[Path, object]]]:
+    """Image name -> clicks, each with its file: all JSON files together, as foreground and background come apart."""
+    clicks: dict[str, list[tuple[Path, object]]] = {}
     for path in paths:
         try:
             entries = json.loads(path.read_text())
-            for name, points in entries.items():
-                strokes = clicks.setdefault(name, [])
-                for point in points:
-                    number = class_number(point["cls"], class_names, path)
-                    strokes.append(Stroke(number, ((float(point["x"]), float(point["y"])),)))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: expected clicks as JSON, got {reason(error)}") from error
-        except (AttributeError, KeyError, TypeError) as error:
-            found = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{path}: expected image names with lists of x, y and cls, got {found}") from error
+        if not isinstance(entries, dict) or not all(isinstance(points, list) for points in entries.values()):
+            raise ValueError(f"{path}: expected image names with lists of x, y and cls, got something else")
+        for name, points in entries.items():
+            clicks.setdefault(name, []).extend((path, point) for point in points)
     return clicks
 
 
-def write_clicks(path: Path, clicks: Mapping[str, Iterable[Stroke]]) -> None:
+def click_of(point: object, class_names: Sequence[str], where: object) -> Stroke | None:
+    """One entry of such a file; None where Cityscapes does not score its class."""
+    if not isinstance(point, Mapping) or not {"x", "y", "cls"} <= set(point):
+        raise ValueError(f"{where}: expected a click with x, y and cls, got {point!r}")
+    try:
+        place = float(point["x"]), float(point["y"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: expected numbers x and y, got {point['x']!r} and {point['y']!r}") from error
+    tag = point["cls"]
+    if tuple(class_names) == CITYSCAPES_CLASSES and tag in CITYSCAPES_ALL_IDS:
+        return Stroke(CITYSCAPES_IDS.index(tag), (place,)) if tag in CITYSCAPES_IDS else None
+    return Stroke(class_number(tag, class_names, where), (place,))
+
+
+def write_clicks(path: Path, clicks: Mapping[str, Iterable[Stroke]], class_names: Sequence[str]) -> None:
     """One JSON file; a stroke's points become clicks of their own."""
+    numbers = CITYSCAPES_IDS if tuple(class_names) == CITYSCAPES_CLASSES else range(len(class_names))
     entries = {
-        name: [{"x": x, "y": y, "cls": stroke.label} for stroke in strokes for x, y in stroke.points]
+        name: [{"x": x, "y": y, "cls": numbers[stroke.label]} for stroke in strokes for x, y in stroke.points]
         for name, strokes in clicks.items()
     }
     path.write_text(json.dumps(entries))
@@ -176,15 +196,15 @@ def farthest(costs: np.ndarray, among: np.ndarray) -> int:
     return int(among[reachable.argmax()])
 
 
-def class_number(tag: object, class_names: Sequence[str], path: Path) -> int:
-    """A class by its number or its name."""
-    if isinstance(tag, str) and not tag.isdigit():
-        name = ALIASES.get(tag, tag) if tag not in class_names else tag
-        if name in class_names:
-            return list(class_names).index(name)
-    elif not isinstance(tag, bool) and isinstance(tag, int | str) and 0 <= int(tag) < len(class_names):
-        return int(tag)
-    raise ValueError(f"{path}: expected one of the {len(class_names)} classes, got {tag!r}")
+def class_number(tag: object, class_names: Sequence[str], where: object) -> int:
+    """A class by its name or its number."""
+    name = ALIASES.get(tag, tag) if isinstance(tag, str) and tag not in class_names else tag
+    if name in class_names:
+        return list(class_names).index(name)
+    number = int(tag) if isinstance(tag, str) and tag.isdigit() else tag
+    if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(class_names):
+        return number
+    raise ValueError(f"{where}: expected one of the {len(class_names)} classes, got {tag!r}")
 
 
 def reason(error: Exception) -> str:

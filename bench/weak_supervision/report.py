@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .data import Collection, Slices, seeded, stem
+from .collection import Collection, Slices, stem
+from .data import seeded
 from .labels import UNLABELLED, draw, make_clicks, make_scribbles
 
 DENSE = "dense CE"
@@ -102,7 +103,7 @@ def draw_curves(rows: Sequence[Row], metric: str, folder: Path, path: Path) -> N
                 curve = json.loads((folder / row["run"] / "curve.json").read_text())
                 values = [100 * point[column] if column == metric else point[column] for point in curve]
                 steps = [point["step"] for point in curve]
-                axis.plot(steps, values, color=f"C{number}", label=name if row is mine[0] else None)
+                axis.plot(steps, values, color=f"C{number}", marker="o", ms=3, label=name if row is mine[0] else None)
     lines, names = axes[-1].get_legend_handles_labels()
     figure.legend(lines, names, loc="outside lower center", ncols=len(names), frameon=False)
     figure.savefig(path)
@@ -129,6 +130,8 @@ def draw_sweep(axis: Axes, rows: Sequence[Row], column: str, metric: str) -> Non
     no such setting. Prints the means.
     """
     values = list(dict.fromkeys(row[column] for row in rows if row["loss"] == "gcrf"))
+    if not values:
+        return
     print()
     for name, (colour, marker, line) in SWEPT.items():
         mine = [row for row in rows if supervision(row) == name]

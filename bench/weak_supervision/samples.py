@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -106,4 +107,10 @@ class Batches(Sampler):
 
     def _key(self, position: int) -> tuple[int, int]:
         epoch, place = divmod(position, self.samples)
-        return epoch, int(seeded(self.seed, epoch).permutation(self.samples)[place])
+        return epoch, int(order(self.seed, epoch, self.samples)[place])
+
+
+@functools.lru_cache(2)  # a batch may end one epoch and start the next
+def order(seed: int, epoch: int, samples: int) -> np.ndarray:
+    """In which the samples of an epoch come."""
+    return seeded(seed, epoch).permutation(samples)

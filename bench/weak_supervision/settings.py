@@ -16,6 +16,7 @@ def option(
     return field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most})
 
 
+SMALLEST = 1e-6  # sigma
 GATES = ("none", "source", "destination", "both")
 CLASS_WEIGHTS = ("none", "log")
 
@@ -30,7 +31,7 @@ class Settings:
     masks: str = option("SegmentationClass/{name}.png", "pattern of dense masks under the root")
     train_list: str = option("", "names for training, a file under the root; none: four fifths of all images")
     test_list: str = option("", "names for testing")
-    class_names: str = option("classes.txt", "names of the classes, a file under the root; or voc")
+    class_names: str = option("classes.txt", "names of the classes, a file under the root; or voc, cityscapes")
     labels: str = option("scribbles", "what is trained on", ("clicks", "scribbles", "dense"))
     labels_from: str = option("", "JSON files of clicks, comma-separated, or a folder of XML; none: made from masks")
     thickness: float = option(3.0, "of strokes and discs of clicks, pixels of the image", least=0)
@@ -54,9 +55,9 @@ class Settings:
     delay: float = option(0.05, "share of the steps before the Gated CRF loss starts", least=0, most=1)
     ramp: float = option(0.2, "share of the steps over which its weight then rises", least=0)
     kernels: str = option("rgb+xy", "kernels, comma-separated, each of weight 1")
-    sigma: float = option(0.1, "sigma of rgb on [0, 1]: 0.1 is 25 grey levels")
-    xy: float = option(6.0, "sigma of xy, pixels of the loss's grid")
-    radius: int = option(5, "of the window, pixels of the loss's grid")
+    sigma: float = option(0.1, "sigma of rgb on [0, 1]: 0.1 is 25 grey levels", least=SMALLEST)
+    xy: float = option(6.0, "sigma of xy, pixels of the loss's grid", least=SMALLEST)
+    radius: int = option(5, "of the window, pixels of the loss's grid", least=1)
     loss_stride: str = option("native", "grid of the loss: native (the network's), full, or every so many pixels")
     gates: str = option("both", "source: inside the image; destination: unlabelled", GATES)
     amp: str = option("none", "autocast to this", ("none", "bfloat16", "float16"))
@@ -75,6 +76,11 @@ class Settings:
                 raise ValueError(f"{entry.name}: expected {wanted}, got {value}")
         if self.smallest > self.largest:
             raise ValueError(f"smallest: expected at most largest={self.largest}, got {self.smallest}")
+        if not all(set(kernel.split("+")) <= {"rgb", "xy"} for kernel in self.kernels.split(",")):
+            raise ValueError(f"kernels: expected rgb and xy, joined by + and commas, got {self.kernels!r}")
+        stride = self.loss_stride
+        if stride not in ("native", "full") and not (stride.isdecimal() and int(stride)):
+            raise ValueError(f"loss_stride: expected native, full or a number of pixels, got {stride!r}")
 
 
 PRESETS: dict[str, dict[str, object]] = {
@@ -117,14 +123,16 @@ PRESETS: dict[str, dict[str, object]] = {
         "delay": 0.005,
         "ramp": 0.0,
         "gates": "source",
-        "held_out": 0.0,
     },
     "folder": {
+        "labels": "clicks",
         "images": "images/{name}.jpg",
         "masks": "masks/{name}.png",
         "network": "lite0",
         "crop": 320,
         "batch": 8,
+        "learning_rate": 1e-3,
+        "weight": 0.01,
         "gates": "source",
     },
 }

@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .data import Data, stem
+from .collection import stem
+from .data import Data
 from .labels import UNLABELLED
 from .losses import as_input, losses_of, ramp, time_loss, weights_of_classes
 from .networks import build_network
@@ -32,6 +33,7 @@ from .settings import Settings
 PICTURES_KEPT = 6  # predictions saved for a panel
 CHECKPOINT = "checkpoint.pt"
 NETWORK = "network.pt"  # what was trained, a state_dict
+WITHOUT_EFFECT = ("workers", "checkpoint_every")  # on the numbers that a training ends in
 WAIT = datetime.timedelta(days=1)
 
 
@@ -51,7 +53,7 @@ class Result:
 
     scores: dict[str, float]
     curve: list[dict[str, float]]
-    seconds_per_step: float  # median
+    seconds_per_step: float  # median of the steps after the delay of the loss
     loss_share: float  # of the Gated CRF loss, forward and backward, in a step
     kernel_mass: float  # mean sum of a pixel's kernel, over the last batch
 
@@ -137,7 +139,7 @@ class Trainer:
         """Put everything back. Raises ValueError for a checkpoint of other settings."""
         state = torch.load(path, map_location=self.device, weights_only=True)
         for name, wanted in asdict(self.settings).items():
-            if (found := state["settings"].get(name)) != wanted:
+            if name not in WITHOUT_EFFECT and (found := state["settings"].get(name)) != wanted:
                 raise ValueError(f"{path}: expected {name}={wanted!r}, got a checkpoint of {name}={found!r}")
         if (found := len(state["random"])) != self.processes:
             raise ValueError(f"{path}: expected {self.processes} processes, got a checkpoint of {found}")
@@ -204,7 +206,7 @@ def train(settings: Settings, data: Data, out: Path) -> Result | None:
         (out / "predictions").mkdir(exist_ok=True)
         Image.fromarray(logits.argmax(0).astype(np.uint8)).save(out / "predictions" / f"{stem(name)}.png")
     alone, mass = time_loss(*last, settings)
-    seconds = statistics.median(progress.seconds)
+    seconds = statistics.median(progress.seconds[int(settings.delay * settings.steps) :] or progress.seconds)
     return Result(progress.curve[-1], progress.curve, seconds, alone * settings.accumulate / seconds, mass)
 
 
