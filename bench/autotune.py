@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -28,7 +27,7 @@ from bench import static_cost
 from bench.cases import NAMED, Case, named
 from bench.machine_code import TARGETS
 from gcrf_triton import tuning
-from gcrf_triton.__main__ import DTYPES, find_configuration
+from gcrf_triton.__main__ import DTYPES, find_configuration, triton_version
 from gcrf_triton.loss import parse_kernels
 
 RESULTS = Path(__file__).parent / "results"
@@ -98,7 +97,7 @@ def read(path: Path, ranked_by: str) -> dict:
 
 def write(path: Path, content: dict, key: tuning.Key, costs: Costs) -> None:
     """Put the best configuration of a problem into a file, beside those it has of others."""
-    content |= {name: importlib.metadata.version(name) for name in ("torch", "triton")}
+    content |= {"torch": torch.__version__, "triton": triton_version()}
     content["entries"][str(key)] = dataclasses.asdict(min(costs, key=costs.__getitem__))
     content["costs"][str(key)] = {name: round(cost, 4) for name, cost in summary(key, costs).items()}
     path.write_text(json.dumps(content, indent=1) + "\n")

@@ -37,8 +37,8 @@ def official(probabilities: Tensor, image: Tensor, case: Case) -> Tensor:
     from pymic.loss.seg.gatedcrf import GatedCRFLoss
 
     mask = torch.ones_like(image[:, :1], dtype=torch.float32)  # without one it also counts neighbours outside the image
-    sample = {"rgb": image.clone()}  # which it overwrites
-    return GatedCRFLoss()(probabilities, case.kernels, case.radius, sample, *image.shape[2:], mask_src=mask)["loss"]
+    arguments = (probabilities, case.kernels, case.radius, {"rgb": image}, *image.shape[2:])
+    return GatedCRFLoss()(*arguments, mask_src=mask)["loss"]
 
 
 def offsets(probabilities: Tensor, image: Tensor, case: Case) -> Tensor:

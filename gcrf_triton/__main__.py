@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import importlib.util
 import json
 import pathlib
 import platform
@@ -54,17 +54,13 @@ def _json(text: str) -> Any:
 def describe() -> None:
     """Print versions, the device, the engine and where configurations come from."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = "not installed"
     folder = tuning.cache_folder()
     shipped = sorted(path.stem for path in tuning.shipped_file("any").parent.glob("*.json"))
     rows = {
         "gcrf_triton": __version__,
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": torch.__version__,
-        "triton": triton,
+        "triton": triton_version() or "not installed",
         "device": f"cpu, {torch.get_num_threads()} threads" if device is None else str(device),
         "impl='auto'": select_engine("auto", device or torch.device("cpu")),
         "configurations": f"shipped for {', '.join(shipped) or 'no device yet'}; others are chosen by counting",
@@ -72,6 +68,13 @@ def describe() -> None:
     }
     for name, value in rows.items():
         print(f"{name:15} {value}")
+
+
+def triton_version() -> str:
+    """Of the module, as packages of several names bring it; "" where there is none."""
+    if importlib.util.find_spec("triton") is None:
+        return ""
+    return importlib.import_module("triton").__version__
 
 
 def _count_tuned(folder: pathlib.Path) -> str:
@@ -99,6 +102,8 @@ def find_configuration(
         raise ValueError(f"shape: expected four numbers from 1, got {list(shape)}")
     if radius < 1:
         raise ValueError(f"radius: expected at least 1, got {radius}")
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("tune: expected Triton, whose configurations these are, got none (pip install triton)")
     radius = min(radius, max(height, width) - 1)
     measured = torch.accelerator.is_available()
     device = torch.accelerator.current_accelerator() if measured else torch.device("meta")
@@ -134,8 +139,7 @@ def find_configuration(
     best = min(costs, key=costs.__getitem__)
     print(f"best: {best}")
     if measured:
-        torch_version, triton_version = torch.__version__, importlib.metadata.version("triton")
-        path = tuning.remember(key, best, milliseconds=costs[best], torch=torch_version, triton=triton_version)
+        path = tuning.remember(key, best, milliseconds=costs[best], torch=torch.__version__, triton=triton_version())
         print(f"kept in {path}")
     else:
         print("no GPU here: nothing was measured and nothing is kept")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Literal
@@ -16,6 +17,7 @@ from .op import accumulation_dtype, area_average, check_impl, pairwise_energy
 Kernel = Mapping[str, float]
 Reduction = Literal["mean", "sum", "none"]
 SMALLEST, LARGEST = 1e-12, 1e12  # sigmas and weights whose squares and products float32 can hold
+TOLERANCE = 0.01  # of probabilities
 KERNELS: tuple[Kernel, ...] = ({"weight": 1.0, "xy": 6.0, "rgb": 0.1},)
 
 
@@ -43,7 +45,8 @@ def gated_crf_loss(
 
     Args:
         input: class probabilities [N, C, H, W], or logits with `from_logits`; float64, float32, float16 or bfloat16,
-            any strides. Sums are kept in float32, in float64 for float64.
+            any strides. Sums are kept in float32, in float64 for float64. A foreground's probability p alone is not a
+            prediction of two classes: that is [1 - p, p].
         features: name -> [N, F, h, w], floating or uint8 (which is scaled to [0, 1]); h >= H and w >= W, larger ones
             are area-averaged down to H x W. Constants: no gradient flows to them. Names no kernel uses are left alone.
         kernels: mappings with a "weight" w and a standard deviation sigma a modality: "xy" in pixels of the input, any
@@ -63,13 +66,16 @@ def gated_crf_loss(
 
     Returns:
         A scalar, or [N, H, W], in the accumulation dtype. Differentiable with respect to `input` in reverse mode, any
-        number of times. One pass over the pairs gives the loss and its gradient; of the radius, memory only sees a
-        margin of that many pixels.
+        number of times, by torch.autograd (torch.func has no rule for it). One pass over the pairs gives the loss and
+        its gradient; of the radius, memory only sees a margin of that many pixels.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was given. Values (not shapes or types)
             are checked on the CPU only, and not while compiling: reading them waits for a device and breaks a graph.
         NotImplementedError: for forward-mode derivatives.
+
+    Warns:
+        UserWarning: for an input outside [0, 1] without `from_logits`.
 
     Source: Obukhov, Georgoulis, Dai, Van Gool, Gated CRF Loss for Weakly Supervised Semantic Image Segmentation,
     arXiv 1906.04651.
@@ -78,6 +84,13 @@ def gated_crf_loss(
     if not torch.compiler.is_compiling() and unpack_dual(input).tangent is not None:
         raise NotImplementedError("input: expected no forward-mode tangent: derivatives are in reverse mode only")
     names, weights, sigmas = _check_settings(kernels, radius, from_logits, reduction, impl)
+    if from_logits and input.shape[1] == 1:
+        raise ValueError("input: expected logits of two classes or more, as softmax makes 1 of one, got one")
+    if not from_logits and _readable(input) and input.numel():
+        lowest, highest = input.detach().aminmax()
+        if lowest < -TOLERANCE or highest > 1 + TOLERANCE:
+            found = f"{lowest.item():g} to {highest.item():g}"
+            warnings.warn(f"input: expected probabilities, got {found}; for logits pass from_logits=True", stacklevel=2)
     radius = min(int(radius), 2**31 - 1)
     if not isinstance(features, Mapping):
         raise TypeError(f"features: expected a mapping from names to tensors, got {type(features).__name__}")
@@ -171,7 +184,8 @@ def partial_cross_entropy(
         raise TypeError(f"labels: expected an integer tensor, got {labels.dtype}")
     classes = logits.shape[1]
     if labels.shape != logits.shape[:1] + logits.shape[2:]:
-        raise ValueError(f"labels: expected {_shape(logits[:, 0])} as in logits, got {_shape(labels)}")
+        found = f"{_shape(labels)}; interpolate the logits to the labels, not the other way round"
+        raise ValueError(f"labels: expected {_shape(logits[:, 0])} as in logits, got {found}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
     if weight is not None:

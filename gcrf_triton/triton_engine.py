@@ -249,9 +249,12 @@ def problem_key(
 def device_and_arch(device: torch.device) -> tuple[str, str]:
     if triton.knobs.runtime.interpret or device.type == "meta":
         return device.type, device.type
-    arch = triton.runtime.driver.active.get_current_target().arch
+    with _current(device):
+        arch = triton.runtime.driver.active.get_current_target().arch
     name = device.type if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
-    return name, f"sm_{arch}" if isinstance(arch, int) else str(arch)
+    if isinstance(arch, int):
+        return name, f"sm_{arch}"
+    return name, arch if isinstance(arch, str) else device.type  # Intel's is a dictionary of properties
 
 
 def _column_blocks(columns: int) -> tuple[int, ...]:

@@ -1,5 +1,7 @@
 """Promise: any layout goes in, nothing is written to, and a wrong call says what was expected and what came."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -94,6 +96,16 @@ def test_numbers_of_numpy():
     assert gated_crf_loss(INPUT, {"rgb": RGB}, kernels, np.int64(5)) == gated_crf_loss(INPUT, {"rgb": RGB})
 
 
+def test_logits_taken_for_probabilities_are_told():
+    logits = torch.randn(1, 3, 8, 9)
+    with pytest.warns(UserWarning, match=r"input: expected probabilities, got -.* to .*pass from_logits=True"):
+        gated_crf_loss(logits, {"rgb": torch.rand(1, 3, 8, 9)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gated_crf_loss(logits, {"rgb": torch.rand(1, 3, 8, 9)}, from_logits=True)
+        gated_crf_loss(logits.softmax(1), {"rgb": torch.rand(1, 3, 8, 9)})
+
+
 INPUT = torch.full((2, 3, 8, 9), 1 / 3)
 RGB = torch.rand(2, 3, 8, 9)
 KERNEL = {"weight": 1.0, "xy": 6.0, "rgb": 0.1}
@@ -106,6 +118,11 @@ WRONG = {
     "input complex": (TypeError, "input: expected float64", {"input": INPUT.to(torch.complex64)}),
     "input of 8 bits": (TypeError, "input: expected float64", {"input": INPUT.to(torch.float8_e5m2)}),
     "input sparse": (TypeError, "input: expected a dense tensor", {"input": INPUT.to_sparse()}),
+    "logits of one class": (
+        ValueError,
+        "input: expected logits of two classes or more",
+        {"input": INPUT[:, :1], "from_logits": True},
+    ),
     "from_logits a string": (TypeError, "from_logits: expected a bool, got str", {"from_logits": "no"}),
     "feature without channels": (ValueError, "at least one channel", {"features": {"rgb": RGB[:, :0]}}),
     "source infinite": (ValueError, "source: .*got inf", {"source": torch.full((2, 8, 9), float("inf"))}),

@@ -1,8 +1,10 @@
 """Promise: a configuration is the one in use, the user's, the package's or counted out, and a bad one is named."""
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
+import types
 import warnings
 
 import pytest
@@ -158,6 +160,31 @@ def test_wrong_problems_to_tune_for(arguments, message, capsys):
     with pytest.raises(SystemExit):
         main(["tune", *arguments])
     assert message in capsys.readouterr().err
+
+
+def test_there_is_nothing_to_tune_without_triton(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        main(["tune"])
+    assert "tune: expected Triton, whose configurations these are, got none" in capsys.readouterr().err
+    main([])
+    assert "not installed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arch, name", [(90, "sm_90"), ("gfx942", "gfx942"), ({"num_xve": 448}, "xpu")])
+def test_architectures_have_short_names(arch, name, monkeypatch):
+    driver = pytest.importorskip("gcrf_triton.triton_engine", reason="Triton is not installed")
+    current = []
+    target = types.SimpleNamespace(get_current_target=lambda: types.SimpleNamespace(arch=(current[-1], arch)[1]))
+    monkeypatch.setattr(driver.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(driver.triton.runtime.driver, "_active", target)
+    monkeypatch.setattr(driver, "_current", lambda device: contextlib.nullcontext(current.append(device)))
+    module = types.SimpleNamespace(get_device_name=lambda device: "Imaginary 9000")
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    driver.device_and_arch.cache_clear()
+    assert driver.device_and_arch(torch.device("xpu", 1)) == ("Imaginary 9000", name)
+    driver.device_and_arch.cache_clear()
+    assert current == [torch.device("xpu", 1)]  # not whichever was current
 
 
 def test_a_home_that_cannot_be_read(monkeypatch):
