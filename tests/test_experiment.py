@@ -88,8 +88,9 @@ def test_costs(
         rows = list(csv.DictReader(file))
     assert [row["run"] for row in rows] == 2 * list(costs.CASES)
     assert all(0 < float(row["loss_share"]) < 1 and float(row["seconds_per_step"]) > 0 for row in rows)
-    printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 4 and all(re.fullmatch(r"(acdc|msrc), .+: .+% \(.+% to .+%\)", line) for line in printed)
+    printed = capsys.readouterr().out.splitlines()[2:]
+    pattern = r"\| (acdc|msrc) \| .+ \| .+% \| .+% to .+% \| \d+ ms \| 2 \|"
+    assert len(printed) == 4 and all(re.fullmatch(pattern, line) for line in printed)
 
 
 @pytest.mark.parametrize("command", [costs, experiment, boundaries])

@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = (ROOT / "README.md", ROOT / "bench/weak_supervision/README.md")
 
 
 @pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, re.DOTALL), ids=lambda text: text[:40])
@@ -14,16 +15,19 @@ def test_snippets(snippet):
     exec(snippet, {})
 
 
-def test_linked_files_exist():
-    links = re.findall(r"\]\((?!http|#)([^)]+)\)", README)
-    assert links and all((ROOT / link).exists() for link in links)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.parent.name))
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", page.read_text())
+    assert links
+    for link, heading in links:
+        target = page.parent / link if link else page
+        assert target.exists(), link
+        assert not heading or heading in headings(target), heading
 
 
-def test_links_into_the_page_exist():
-    headings = {
-        re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.+)$", README, re.M)
-    }
-    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= headings
+def headings(page):
+    lines = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
 
 
 def test_the_table_is_that_of_the_measurements(capsys):
@@ -43,3 +47,11 @@ def test_the_tables_of_weak_supervision_are_those_of_the_trainings(data, metric)
     rows = read_rows(ROOT / "bench/results/weak_supervision" / f"{data}.csv")
     lines = table_of([row for row in rows if row["evaluate_on"] == "test"], metric).splitlines()
     assert len(lines) >= 5 and set(lines) <= set(README.splitlines())
+
+
+def test_the_costs_are_those_of_the_measurements():
+    from bench.weak_supervision.costs import table_of
+    from bench.weak_supervision.experiment import read_rows
+
+    rows = read_rows(ROOT / "bench/results/weak_supervision/costs.csv")
+    assert len(rows) >= 12 and set(table_of(rows).splitlines()) <= set(README.splitlines())

@@ -3,7 +3,7 @@
     python -m bench.weak_supervision.costs --acdc ACDC --msrc MSRC_v2
 
 Networks and grids take turns, a few steps each; nothing is scored. Every turn is a row of --csv: the median step, and
-the loss alone on the logits of the last one. Shares are printed as the median over the turns, with the least and most.
+the loss alone on the logits of the last one. Printed are medians over the turns, with the least and most.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch.utils.data import DataLoader
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from .collection import fingerprint
 from .data import open_data
-from .experiment import Plan, append_row, row_of
+from .experiment import Plan, append_row, read_rows, row_of
 from .losses import time_loss
 from .samples import Batches, TrainingSet
 from .settings import Settings, preset
@@ -26,10 +27,10 @@ from .train import Result, Trainer
 
 STEPS, WARM_UP = 12, 2  # of a turn
 CASES: dict[str, tuple[str, dict[str, object]]] = {
-    "full resolution": ("acdc", {}),
     "stride 4": ("msrc", {}),
-    "full-resolution head": ("msrc", {"network": "lite0-full"}),
-    "loss at full resolution over a network of stride 4": ("msrc", {"loss_stride": "full"}),
+    "full resolution, U-Net": ("acdc", {}),
+    "full resolution, full-resolution head": ("msrc", {"network": "lite0-full"}),
+    "full resolution, head of stride 4": ("msrc", {"loss_stride": "full"}),
 }
 
 
@@ -78,16 +79,24 @@ def main(arguments: list[str] | None = None) -> None:
                 # no delay: all steps have the loss
                 settings = preset(data, **{"root": root, "delay": 0.0, "ramp": 0.0} | changes)
                 cases[title] = Case(settings, options.turns, options.csv.parent / "labels")
-        shares: dict[str, list[float]] = {title: [] for title in cases}
         for _ in tqdm(range(options.turns), unit="turn", disable=None):
             for title, case in cases.items():
-                result = case.turn()
-                shares[title].append(result.loss_share)
-                append_row(options.csv, row_of(Plan(title, case.settings), result, case.files, case.left_out))
+                append_row(options.csv, row_of(Plan(title, case.settings), case.turn(), case.files, case.left_out))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    for title, found in shares.items():
-        print(f"{CASES[title][0]}, {title}: {statistics.median(found):.1%} ({min(found):.1%} to {max(found):.1%})")
+    print(table_of(read_rows(options.csv)))
+
+
+def table_of(rows: Sequence[dict[str, str]]) -> str:
+    """Markdown, one line a network and grid."""
+    lines = [["data", "loss at", "share of a step", "least to most", "a step", "turns"], ["---"] * 6]
+    for title in dict.fromkeys(row["run"] for row in rows):
+        mine = [row for row in rows if row["run"] == title]
+        shares, seconds = ([float(row[name]) for row in mine] for name in ("loss_share", "seconds_per_step"))
+        share, spread = f"{statistics.median(shares):.1%}", f"{min(shares):.1%} to {max(shares):.1%}"
+        step = f"{1e3 * statistics.median(seconds):.0f} ms"
+        lines.append([mine[0]["data"], title, share, spread, step, str(len(mine))])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":
