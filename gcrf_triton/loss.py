@@ -75,7 +75,7 @@ def gated_crf_loss(
         NotImplementedError: for forward-mode derivatives.
 
     Warns:
-        UserWarning: for an input outside [0, 1] without `from_logits`.
+        UserWarning: for logits of one class, and, on the CPU, for an input outside [0, 1] without `from_logits`.
 
     Source: Obukhov, Georgoulis, Dai, Van Gool, Gated CRF Loss for Weakly Supervised Semantic Image Segmentation,
     arXiv 1906.04651.
@@ -84,13 +84,7 @@ def gated_crf_loss(
     if not torch.compiler.is_compiling() and unpack_dual(input).tangent is not None:
         raise NotImplementedError("input: expected no forward-mode tangent: derivatives are in reverse mode only")
     names, weights, sigmas = _check_settings(kernels, radius, from_logits, reduction, impl)
-    if from_logits and input.shape[1] == 1:
-        raise ValueError("input: expected logits of two classes or more, as softmax makes 1 of one, got one")
-    if not from_logits and _readable(input) and input.numel():
-        lowest, highest = input.detach().aminmax()
-        if lowest < -TOLERANCE or highest > 1 + TOLERANCE:
-            found = f"{lowest.item():g} to {highest.item():g}"
-            warnings.warn(f"input: expected probabilities, got {found}; for logits pass from_logits=True", stacklevel=2)
+    _warn_of_misunderstanding(input, from_logits)
     radius = min(int(radius), 2**31 - 1)
     if not isinstance(features, Mapping):
         raise TypeError(f"features: expected a mapping from names to tensors, got {type(features).__name__}")
@@ -378,6 +372,18 @@ def check_prediction(name: str, prediction: Tensor) -> None:
         raise TypeError(f"{name}: expected float64, float32, float16 or bfloat16, got {prediction.dtype}")
     if 0 in prediction.shape[1:]:
         raise ValueError(f"{name}: expected at least one class and one pixel, got {_shape(prediction)}")
+
+
+def _warn_of_misunderstanding(input: Tensor, from_logits: bool) -> None:
+    if from_logits and input.shape[1] == 1 and not torch.compiler.is_compiling():
+        warnings.warn(
+            "input: expected logits of classes, got one, of which softmax makes 1: the loss is 0", stacklevel=3
+        )
+    elif not from_logits and _readable(input) and input.numel():
+        lowest, highest = input.detach().aminmax()
+        if lowest < -TOLERANCE or highest > 1 + TOLERANCE:
+            found = f"{lowest.item():g} to {highest.item():g}"
+            warnings.warn(f"input: expected probabilities, got {found}; for logits pass from_logits=True", stacklevel=3)
 
 
 def _check_values(name: str, tensor: Tensor) -> None:

@@ -20,7 +20,7 @@ from problems import KERNELS, make_problem, value_and_gradient
     seed=st.integers(0, 1000),
 )
 def test_any_combination(shape, kernels, radius, gates, compatibility, from_logits, reduction, seed):
-    compatibility, from_logits = compatibility and shape[1] > 1, from_logits and shape[1] > 1
+    compatibility = compatibility and shape[1] > 1
     problem = make_problem(shape, kernels, radius, gates, compatibility, seed=seed)
 
     def unfolded(problem):
