@@ -86,7 +86,7 @@ def sweep_rows(rows: Sequence[Row], quantity: str) -> list[Row]:
 
 
 def named_rows(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
-    """Case -> implementation -> latest row, forward and backward, of the largest shape measured, in float32."""
+    """Case -> implementation -> row of the latest turns, forward and backward, of the largest shape, in float32."""
     cases: dict[str, dict[str, Row]] = {}
     chosen = [
         row
@@ -95,7 +95,7 @@ def named_rows(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
     ]
     for row in sorted(chosen, key=lambda row: (math.prod(shape(row)), row["utc"])):
         case = cases.setdefault(row["case"], {})
-        if case and next(iter(case.values()))["shape"] != row["shape"]:
+        if any(other[name] != row[name] for other in case.values() for name in ("shape", "utc")):
             case.clear()
         case[row["implementation"]] = row
     return cases

@@ -456,6 +456,14 @@ def test_pictures_show_the_usual_surroundings(other):
     assert plot.sweep_rows(usual + unusual, "radius") == plot.sweep_rows(usual, "radius")
 
 
+def test_a_case_shows_what_took_turns():
+    case = cases.NAMED[0].describe()
+    before = [row(implementation=name, utc="2026-01-01", **case) for name in ("torch-engine", "official")]
+    after = row(implementation="torch-engine", utc="2026-01-02", **case)
+    assert list(plot.named_rows(before)[case["case"]]) == ["torch-engine", "official"]
+    assert plot.named_rows([*before, after])[case["case"]] == {"torch-engine": after}
+
+
 def test_rows_survive_the_csv(tmp_path):
     rows = [row(config="Config(a=1, b=2)"), row(status='error: "quoted", with a comma')]
     path = tmp_path / "rows.csv"
