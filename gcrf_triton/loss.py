@@ -178,8 +178,9 @@ def partial_cross_entropy(
         raise TypeError(f"labels: expected an integer tensor, got {labels.dtype}")
     classes = logits.shape[1]
     if labels.shape != logits.shape[:1] + logits.shape[2:]:
-        found = f"{_shape(labels)}; interpolate the logits to the labels, not the other way round"
-        raise ValueError(f"labels: expected {_shape(logits[:, 0])} as in logits, got {found}")
+        same_batch = labels.shape[0] == logits.shape[0]
+        hint = "; interpolate the logits to the labels, not the other way round" if same_batch else ""
+        raise ValueError(f"labels: expected {_shape(logits[:, 0])} as in logits, got {_shape(labels)}{hint}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
     if weight is not None:

@@ -162,10 +162,9 @@ def _assemble(
     with lead(p.numel()):
         if mu is None:
             rest, by_p = _agreement(sums) if from_logits else (sums[:, -1], sums[:, :-1].mul_(-2))
-        weighted = p * by_p
-        mean = weighted.sum(1)
+        mean = torch.linalg.vecdot(p, by_p, dim=1)
         if with_gradient and from_logits:
-            torch.addcmul(weighted, p, mean[:, None], value=-1, out=gradient)
+            torch.mul(p, by_p.sub_(mean[:, None]), out=gradient)
         elif with_gradient:
             gradient.copy_(by_p)
     # energy = sum_i rest_i + p_i . by_p_i / 2, pixel by pixel: where neighbours agree two equal sums cancel exactly

@@ -78,7 +78,7 @@ def engine(request, monkeypatch):
     """The engine that impl="auto" stands for: each of those that pytest.mark.engines names, else PyTorch's."""
     name = getattr(request, "param", "torch")
     if name == "triton" and importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed, as it does not exist for this system")
+        pytest.skip("Triton is not installed")
     monkeypatch.setenv("GCRF_TRITON_IMPL", name)
     return name
 

@@ -184,11 +184,10 @@ def open_collection(settings: Settings) -> Collection:
     return Pictures(root, settings.images, settings.masks, class_names, settings.train_list, settings.test_list)
 
 
-def fingerprint(settings: Settings) -> str:
+def fingerprint(collection: Collection, labels_from: str = "") -> str:
     """Eight digits that differ where lists, classes, masks or weak labels do: of names, and of the sizes of files."""
-    collection = open_collection(settings)
     masks = [collection.mask_path(name) for names in collection.lists.values() for name in names]
-    sources = [Path(source) for source in settings.labels_from.split(",") if source]
+    sources = [Path(source) for source in labels_from.split(",") if source]
     files = [file for source in sources for file in (sorted(source.iterdir()) if source.is_dir() else [source])]
     sizes = [path.stat().st_size if path.exists() else -1 for path in (*masks, *files)]
     return f"{zlib.crc32(repr((collection.lists, list(collection.class_names), sizes)).encode()):08x}"

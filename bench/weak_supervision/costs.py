@@ -38,9 +38,8 @@ class Case:
     """A training that can be gone on with, a turn at a time."""
 
     def __init__(self, settings: Settings, turns: int, labels: Path) -> None:
-        self.settings, self.files = settings, fingerprint(settings)
         data = open_data(settings, labels)
-        self.left_out = data.left_out
+        self.settings, self.files, self.left_out = settings, fingerprint(data.collection), data.left_out
         self.trainer = Trainer(settings, data.pixels)
         samples = TrainingSet(data, settings)
         batches = Batches(len(samples), settings.batch, range(turns * STEPS), settings.seed, 0, 1)

@@ -176,7 +176,7 @@ def open_data(settings: Settings, made_labels: Path, on_broken: str = "stop") ->
     sources = [Path(source) for source in settings.labels_from.split(",") if source]
     drawn_by_people = isinstance(collection, Slices) and settings.labels == "scribbles"
     if settings.labels != "dense" and not sources and not drawn_by_people:
-        made = made_labels / f"{settings.data}-{settings.labels}-{settings.label_seed}-{fingerprint(settings)}"
+        made = made_labels / f"{settings.data}-{settings.labels}-{settings.label_seed}-{fingerprint(collection)}"
         sources = [made.with_suffix(".json") if settings.labels == "clicks" else made]
         if not sources[0].exists():
             names = collection.lists["train"]

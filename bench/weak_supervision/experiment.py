@@ -242,7 +242,8 @@ def plan(base: Settings, **changes: object) -> Plan:
 def run_all(data: str, wanted: list[Plan], options: argparse.Namespace) -> dict[str, dict[str, str]]:
     """Train what has no row yet, one after the other; the rows of what is wanted and done, by name."""
     table = options.out / f"{data}.csv"
-    files = fingerprint(wanted[0].settings)
+    settings = wanted[0].settings
+    files = fingerprint(open_collection(settings), settings.labels_from)
     for training in wanted:
         rows = {row["run"]: row for row in read_rows(table)}
         if training.name in rows:
@@ -253,7 +254,7 @@ def run_all(data: str, wanted: list[Plan], options: argparse.Namespace) -> dict[
         folder = options.out / training.name
         folder.mkdir(parents=True, exist_ok=True)
         data_read = open_data(training.settings, options.out / "labels", options.on_broken)
-        for row in rows.values():
+        for row in list(rows.values())[:1]:
             if wrong := {f"iou {name}" for name in data_read.collection.class_names} - set(row):
                 raise ValueError(f"{table}: expected a column {min(wrong)!r}, got none; choose another --out")
         result = train(training.settings, data_read, folder)
