@@ -87,7 +87,7 @@ def test_costs(
     with (tmp_path / "a" / "costs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["run"] for row in rows] == 2 * list(costs.CASES)
-    assert all(0 < float(row["loss_share"]) < 1 and float(row["seconds_per_step"]) > 0 for row in rows)
+    assert all(float(row["loss_share"]) > 0 and float(row["seconds_per_step"]) > 0 for row in rows)
     printed = capsys.readouterr().out.splitlines()[2:]
     pattern = r"\| (acdc|msrc) \| .+ \| .+% \| .+% to .+% \| \d+ ms \| 2 \|"
     assert len(printed) == 4 and all(re.fullmatch(pattern, line) for line in printed)
