@@ -9,7 +9,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 import torch
 from torch import Tensor
@@ -236,8 +236,11 @@ def _backward(ctx, grad_energy, grad_gradient):
 
 
 pairwise_energy.register_autograd(_backward, setup_context=_setup_context)
-for _device_type in ("cpu", "cuda", "xpu", "mps"):
+for _device_type in ("cpu", "cuda"):
     pairwise_energy.register_autocast(_device_type, torch.float32)
+for _device_type in ("xpu", "mps"):
+    with suppress(ValueError):  # PyTorch 2.11 and older registers for the CPU and CUDA alone
+        pairwise_energy.register_autocast(_device_type, torch.float32)
 
 
 @torch.library.custom_op("gcrf_triton::area_average", mutates_args=())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def gated_crf_energies(
@@ -36,6 +38,8 @@ def gated_crf_energies(
     Returns:
         e [N, H, W], float64. The loss is its sum over the sum of d, or of s, or the number of pixels.
     """
+    import numpy as np  # which the rest of the project does without
+
     n_images, n_classes, height, width = probabilities.shape
     probabilities = probabilities.astype(np.float64)
     if compatibility is not None:
@@ -73,7 +77,7 @@ def _kernel(
             if name == "xy":
                 squared_distance = float((i[0] - j[0]) ** 2 + (i[1] - j[1]) ** 2)
             else:
-                f_i, f_j = (features[name][n, :, y, x].astype(np.float64) for y, x in (i, j))
+                f_i, f_j = (features[name][n, :, y, x].astype(float) for y, x in (i, j))
                 squared_distance = float(((f_i - f_j) ** 2).sum())
             exponent -= squared_distance / (2 * sigma**2)
         total += kernel["weight"] * math.exp(exponent)

@@ -284,7 +284,7 @@ def test_triton_is_not_timed_on_a_cpu():
 
 
 def test_configurations_are_recorded():
-    pytest.importorskip("triton", reason="Triton is not installed")
+    pytest.importorskip("triton")
     inputs = implementations.make_inputs(TINY)
     with measure.recorded_configs() as configs:
         implementations.make_step("triton-engine", TINY, "forward")(*inputs)

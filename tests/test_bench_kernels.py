@@ -11,7 +11,7 @@ import torch
 from bench import autotune, gpu, plot, static_cost
 from gcrf_triton import tuning
 
-pytest.importorskip("gcrf_triton.triton_engine", reason="Triton is not installed")
+pytest.importorskip("gcrf_triton.triton_engine")
 
 no_gpu = pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU measures instead of modelling")
 

@@ -89,6 +89,7 @@ def test_compiles_into_one_graph(backend, dynamic, reduction):
         torch.testing.assert_close(*gradients)
 
 
+@both_engines
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile's default backend needs a C++ compiler")
 def test_compiles_with_the_default_backend():
     torch._dynamo.reset()
@@ -129,6 +130,22 @@ def test_autocast(dtype):
     assert loss.dtype == energies.dtype == operator_energy.dtype == torch.float32
     torch.testing.assert_close(loss.double(), exact.loss(from_logits=True), rtol=1e-6, atol=0)
     torch.testing.assert_close(energies.double(), exact.loss(from_logits=True, reduction="none"), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "xpu", "mps"])
+def test_autocast_is_registered_where_pytorch_can(device):
+    @torch.library.custom_op(f"gcrf_triton_tests::on_{device}", mutates_args=())
+    def example(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    key = f"Autocast{device.upper()}"
+    try:
+        example.register_autocast(device, torch.float32)
+        possible = True
+    except ValueError:
+        possible = False
+    assert possible or device in ("xpu", "mps")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("gcrf_triton::pairwise_energy", key) == possible
 
 
 @both_engines

