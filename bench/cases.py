@@ -15,7 +15,11 @@ QUICK_SIDE, QUICK_ELEMENTS = 64, 2**18  # of sweeps, of the predictions of named
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One loss: prediction [N, C, H, W] in a dtype, image of so many channels, kernels and radius."""
+    """One loss: prediction [N, C, H, W] in a dtype, image of so many channels, kernels and radius.
+
+    `gates` is whether a source and a destination gate close a third of the pixels each; `logits` whether the
+    prediction is one of logits, the softmax of which is part of the step.
+    """
 
     name: str
     shape: tuple[int, int, int, int]
@@ -24,6 +28,8 @@ class Case:
     channels: int = 3
     dtype: str = "float32"
     sweep: str = ""
+    gates: bool = False
+    logits: bool = False
 
     def describe(self) -> dict[str, str | int]:
         """What a row of results says about the case."""
@@ -35,6 +41,8 @@ class Case:
             "kernels": json.dumps(self.kernels),
             "dtype": self.dtype,
             "channels": self.channels,
+            "gates": "yes" if self.gates else "no",
+            "input": "logits" if self.logits else "probabilities",
         }
 
 

@@ -30,7 +30,9 @@ QUANTITIES = ("pixels", "radius", "classes")
 STYLES = {
     "triton-engine": ("gcrf_triton, Triton engine", {"color": "#D55E00", "marker": "s", "linestyle": "-"}),
     "torch-engine": ("gcrf_triton, PyTorch engine", {"color": "#0072B2", "marker": "o", "linestyle": "-"}),
+    "flex": ("FlexAttention", {"color": "#56B4E9", "marker": "X", "linestyle": (0, (4, 1, 1, 1))}),
     "unfold-compiled": ("unfold, torch.compile", {"color": "#CC79A7", "marker": "v", "linestyle": (0, (1, 1.5))}),
+    "offsets-compiled": ("offsets, torch.compile", {"color": "#9A8A00", "marker": "<", "linestyle": (0, (1, 1))}),
     "offsets": ("loop over offsets", {"color": "#009E73", "marker": "^", "linestyle": "--"}),
     "unfold": ("unfold", {"color": "#E69F00", "marker": "D", "linestyle": "-."}),
     "official": ("official (PyMIC's copy)", {"color": "#000000", "marker": "P", "linestyle": (0, (6, 2))}),
@@ -63,8 +65,9 @@ def position(row: Row, quantity: str) -> int:
 
 
 def usual(row: Row) -> bool:
-    """Forward and backward on a machine as it is, with nothing else running."""
-    return row["mode"] == "forward+backward" and row["contended"] == "no" and row["huge_pages"] != "requested"
+    """Forward and backward from probabilities without gates, on a machine as it is, with nothing else running."""
+    usual = {"mode": "forward+backward", "gates": "no", "input": "probabilities", "contended": "no"}
+    return all(row[name] == value for name, value in usual.items()) and row["huge_pages"] != "requested"
 
 
 def sweep_rows(rows: Sequence[Row], quantity: str) -> list[Row]:

@@ -52,6 +52,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
         "--modes", nargs="+", choices=MODES, help="default: both for named cases, forward+backward for sweeps"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of every prediction")
+    parser.add_argument("--gates", action="store_true", help="with a source and a destination gate")
+    parser.add_argument("--logits", action="store_true", help="from logits, whose softmax is part of every step")
     parser.add_argument("--repeats", type=int, help="turns; default: 7 on a CPU, 50 on a GPU")
     parser.add_argument(
         "--budget",
@@ -82,7 +84,8 @@ def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
     cases = named(names, arguments.quick) + [
         case for quantity in quantities for case in sweep(quantity, arguments.quick)
     ]
-    return [dataclasses.replace(case, dtype=arguments.dtype or case.dtype) for case in cases]
+    same = {"gates": arguments.gates, "logits": arguments.logits}
+    return [dataclasses.replace(case, dtype=arguments.dtype or case.dtype, **same) for case in cases]
 
 
 def chosen_device(name: str | None) -> torch.device:
@@ -217,7 +220,7 @@ def print_row(row: Mapping[str, str]) -> None:
     ratio = f"x{ratios[0]} ({ratios[1]}-{ratios[2]})" if row["ratio_median"] else "-"
     memory = f"{int(row['peak_bytes']) / 1e6:.1f} MB" if row["peak_bytes"] else "-"
     error = "".join(f" {row[name]}" for name in ("loss_error", "gradient_error"))
-    problem = f"{row['case']:20} {row['shape']:>15} {row['mode']:16} {row['implementation']:15}"
+    problem = f"{row['case']:20} {row['shape']:>15} {row['mode']:16} {row['implementation']:19}"
     tqdm.write(f"{problem} {seconds}  {ratio:24} {memory:>12} {error}  {row['status']}")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 Row = Mapping[str, str]
 
-PROBLEM = ("case", "sweep", "shape", "radius", "kernels", "dtype", "channels", "mode")
+PROBLEM = ("case", "sweep", "shape", "radius", "kernels", "dtype", "channels", "gates", "input", "mode")
 SURROUNDINGS = ("device", "threads", "contended", "cuda_graph", "huge_pages")
 FIELDS = (
     *PROBLEM,

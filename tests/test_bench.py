@@ -89,13 +89,7 @@ def test_a_sweep_varies_one_quantity(quantity, quick):
         assert (len({case.shape[axis] for case in swept}) > 1) == (axis in varied)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 9, 7), (1, 1, 6, 8), (1, 2, 2, 5)])
-@pytest.mark.parametrize("kernels", [cases.RGB_XY, cases.PYMIC_PAIR], ids=["one", "two"])
-@pytest.mark.parametrize("name", ["offsets", "torch-engine", "official"])
-def test_implementations_compute_the_same(name, kernels, shape):
-    if name == "official":
-        pytest.importorskip("pymic", reason="needs pip install --no-deps pymic==0.6.2")
-    case = cases.Case("", shape, kernels, radius=3, dtype="float64")
+def assert_same_as_the_unfold(name, case):
     inputs = implementations.make_inputs(case)
     exact = implementations.make_step("unfold", case, "forward+backward")(*inputs)
     found = implementations.make_step(name, case, "forward+backward")(*inputs)
@@ -104,6 +98,31 @@ def test_implementations_compute_the_same(name, kernels, shape):
         assert (value - expected).norm() <= tolerance * expected.norm()
     (forward,) = implementations.make_step(name, case, "forward")(*inputs)
     assert torch.equal(forward, found[0]) or (forward - found[0]).abs() <= tolerance * found[0]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("gates, logits", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("shape", [(2, 3, 9, 7), (1, 1, 6, 8), (1, 2, 2, 5), (1, 4, 19, 35)])
+@pytest.mark.parametrize("kernels", [cases.RGB_XY, cases.PYMIC_PAIR], ids=["one", "two"])
+@pytest.mark.parametrize("name", ["offsets", "torch-engine", "official", "flex"])
+def test_implementations_compute_the_same(name, kernels, shape, gates, logits):
+    if name == "official":
+        pytest.importorskip("pymic", reason="needs pip install --no-deps pymic==0.6.2")
+    if logits and shape[1] == 1:
+        pytest.skip("the softmax of one class is 1, and the loss 0")
+    assert_same_as_the_unfold(name, cases.Case("", shape, kernels, 3, dtype="float64", gates=gates, logits=logits))
+
+
+@pytest.mark.parametrize("name", [name for name in implementations.LOSSES if name.endswith("-compiled")])
+def test_compiled_implementations_compute_the_same(name):
+    if reason := implementations.why_not(name, CPU):
+        pytest.skip(reason)
+    assert_same_as_the_unfold(name, cases.Case("", (1, 3, 9, 7), radius=1, dtype="float64", gates=True, logits=True))
+
+
+@pytest.mark.parametrize("name", ["triton-engine", "triton-engine-again", "flex"])
+def test_what_does_not_run_on_a_cpu_says_why(name):
+    assert "CPU" in implementations.why_not(name, CPU)
 
 
 def test_a_run_appends_what_it_measured(tiny_named, tmp_path, capsys):
@@ -149,7 +168,7 @@ def test_huge_pages_are_those_of_the_system_or_requested(policy, asked, expected
 
 
 def test_errors_are_those_of_the_implementation(monkeypatch):
-    monkeypatch.setitem(implementations.LOSSES, "offsets", lambda p, image, case: 1.5 * unfolded(p, image, case))
+    monkeypatch.setitem(implementations.LOSSES, "offsets", lambda *inputs: 1.5 * unfolded(*inputs))
     unfolded = implementations.unfold
     results = measure.measure(TINY, "forward+backward", ["offsets"], CPU, measure.Settings(1, 10, memory=False))
     assert results["offsets"].errors == pytest.approx((0.5, 0.5), rel=1e-4)
@@ -227,17 +246,36 @@ def test_inputs_rotate_beyond_the_cache(monkeypatch, cache, repeats, different):
     assert len({id(copy[0]) for copy in seen}) == different
 
 
+class Event:
+    recorded = 0
+    reached_early, milliseconds = [], 2.0  # whether the device came to an event before all was launched
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        Event.recorded += 1
+
+    def query(self):
+        return bool(Event.reached_early) and Event.reached_early.pop()
+
+    synchronize = elapsed_time = lambda self, *end: Event.milliseconds
+
+
+@pytest.mark.parametrize("late, milliseconds, attempts", [(0, 2.0, 1), (3, 2.0, 4), (99, 2.0, 7), (99, 70.0, 1)])
+def test_a_step_is_launched_behind_a_backlog_that_outlasts_its_launches(late, milliseconds, attempts, monkeypatch):
+    monkeypatch.setattr(torch, "get_device_module", lambda device: types.SimpleNamespace(Event=Event))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    monkeypatch.setattr(Event, "reached_early", [True] * late)
+    monkeypatch.setattr(Event, "milliseconds", milliseconds)
+    stopwatch, steps = measure.stopwatch(torch.device("meta")), []
+    before = stopwatch.fillings
+    assert stopwatch(lambda: steps.append(1)) == milliseconds / 1e3
+    assert len(steps) == attempts and stopwatch.fillings == before * 2 ** (attempts - 1) <= measure.MOST_FILLINGS
+
+
 def test_an_accelerator_is_timed_by_events_and_asked_for_memory(monkeypatch):
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            events.append(self)
-
-        synchronize = elapsed_time = lambda self, *end: 2.0  # milliseconds
-
-    events = []
+    monkeypatch.setattr(Event, "recorded", 0)
     module = types.SimpleNamespace(
         Event=Event,
         mem_get_info=lambda: (10**9, 10**9),
@@ -253,7 +291,7 @@ def test_an_accelerator_is_timed_by_events_and_asked_for_memory(monkeypatch):
     results = measure.measure(TINY, "forward+backward", names, meta, measure.Settings(4, 10))
     for result in results.values():
         assert result.status == "ok" and result.seconds == [0.002] * 4 and result.peak_bytes == 1200
-    assert len(events) == 3 * 2 * (2 + 4)  # alone, once more without first use, and four turns
+    assert Event.recorded == 3 * 2 * (1 + 4)  # once without first use, and four turns
     module.mem_get_info = lambda: (1000, 10**9)
     results = measure.measure(TINY, "forward+backward", names, meta, measure.Settings(4, 10))
     assert {result.status for result in results.values()} == {"oom-predicted"}
@@ -270,17 +308,16 @@ def test_a_run_on_a_gpu(graphs, tiny_named, tmp_path, monkeypatch):
     path = tmp_path / "rows.csv"
     assert run.main(["--cases", "--repeats", "3", *graphs, "--out", str(path)]) == 0
     rows = table.read(path)
-    assert {"triton-engine", "torch-engine", "unfold", "unfold-compiled", "offsets", "copy"} <= {
-        r["implementation"] for r in rows
+    possible = {
+        name
+        for name in implementations.IMPLEMENTATIONS
+        if not implementations.why_not(name, torch.accelerator.current_accelerator())
     }
+    assert {r["implementation"] for r in rows} == possible >= {"triton-engine", "flex", "unfold-compiled"}
     for r in rows:
         assert r["status"] == "ok" and float(r["seconds_median"]) > 0 and int(r["peak_bytes"]) > 0 and r["driver"]
         assert all(float(r[name] or 0) < 1e-5 for name in ("loss_error", "gradient_error"))
-        assert (r["config"] != "") == (r["implementation"] == "triton-engine")
-
-
-def test_triton_is_not_timed_on_a_cpu():
-    assert "interpreter" in implementations.why_not("triton-engine", CPU)
+        assert (r["config"] != "") == r["implementation"].startswith("triton-engine")
 
 
 def test_configurations_are_recorded():
