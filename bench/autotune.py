@@ -103,14 +103,18 @@ def write(path: Path, content: dict, key: tuning.Key, costs: Costs) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(prog="python -m bench.autotune", description=str(__doc__).splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=[case.name for case in NAMED], metavar="NAME")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=DTYPES)
-    parser.add_argument("--gates", default="both", choices=["no", "both"])
+    parser.add_argument("--gates", default="both", choices=["no", "yes", "both"])
     parser.add_argument("--target", default="sm_90", choices=TARGETS, metavar="TARGET", help="without a GPU")
     parser.add_argument("--out", type=Path, help="JSON file; what it has of other problems stays")
-    options = parser.parse_args(arguments)
+    return parser, parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser, options = parse(arguments)
     measured = has_gpu()
     try:
         known = [case.name for case in NAMED]
@@ -132,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path.open("a").close()
         if new:  # it could be written, and will be when there is something to write
             path.unlink()
-        gates = (False, True) if options.gates == "both" else (False,)
+        gates = {"no": (False,), "yes": (True,), "both": (False, True)}[options.gates]
         print(f"{name}: {ranked_by}")
         print(f"{'case':22}{'dtype':9}{'gates':6}{'best':>9}{'heuristic':>11}{'worst':>9}  best configuration")
         for case, gated in tqdm(list(problems(named(options.cases), options.dtypes, gates)), disable=None):

@@ -55,13 +55,13 @@ def pairwise_sums(columns: Tensor, image: Tensor, case: Case) -> tuple[Tensor, T
     """sum_j k_ij v_j of columns v [N, V, H, W], and sum_j k_ij [N, 1, H, W]; at least in float32."""
     n, count, height, width = columns.shape
     tiles = -(-height // TILE_Y), -(-width // TILE_X)
-    features = to_tiles(image, tiles)  # [N, F, L]
+    channels = [channel.contiguous() for channel in to_tiles(image, tiles).unbind(1)]  # [N, L] each
     values = to_tiles(columns, tiles).transpose(1, 2)[:, None]  # [N, 1, L, V]
     values = torch.nn.functional.pad(values, (0, max(HEAD - count, 0)))
-    zeros = values.new_zeros(n, 1, values.shape[2], HEAD)
+    query, key = (values.new_zeros(n, 1, values.shape[2], HEAD) for _ in range(2))  # score nothing
 
     def log_kernel(score: Tensor, image: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        colours = sum((features[image, f, i] - features[image, f, j]).square() for f in range(features.shape[1]))
+        colours = sum((channel[image, i] - channel[image, j]).square() for channel in channels)
         (y_i, x_i), (y_j, x_j) = position(i, tiles[1]), position(j, tiles[1])
         squares = {"rgb": colours, "xy": ((y_i - y_j) * (y_i - y_j) + (x_i - x_j) * (x_i - x_j)).to(colours.dtype)}
         exponents = []
@@ -72,9 +72,8 @@ def pairwise_sums(columns: Tensor, image: Tensor, case: Case) -> tuple[Tensor, T
 
     attend = flex_attention if columns.device.type == "cpu" else compiled_attention()
     mask = window(height, width, case.radius, columns.device)
-    out, auxiliary = attend(
-        zeros, zeros, values, score_mod=log_kernel, block_mask=mask, scale=1.0, return_aux=AuxRequest(lse=True)
-    )
+    settings = {"score_mod": log_kernel, "block_mask": mask, "scale": 1.0, "return_aux": AuxRequest(lse=True)}
+    out, auxiliary = attend(query, key, values, **settings)
     mass = auxiliary.lse.exp()  # [N, 1, L]; 0 where a window is empty
     sums = (out[..., :count] * mass[..., None]).where(mass[..., None] > 0, 0.0)
     return from_tiles(sums[:, 0].transpose(1, 2), tiles, height, width), from_tiles(mass, tiles, height, width)

@@ -1,72 +1,105 @@
-"""`python -m bench.gpu`: on a machine with a GPU, test, tune, measure and plot, within 25 minutes and into one folder.
+"""`python -m bench.gpu`: on a machine with a GPU, test, compare, profile, tune, measure and plot, into one folder.
 
 Steps run one after another, each with a limit of seconds; one that fails or meets its limit does not stop the others.
-The folder holds their output, measurements.csv, the pictures, and configs.json, which the package ships once it lies in
-gcrf_triton/configs under the device's name. `--dry-run` does small versions of all steps, on any machine.
+All of them take half an hour at most. With `--minutes M` a call runs as many as fit, and the next call goes on where it
+ended. Every call ends with the main figures, and leaves the folder as one archive beside it. The folder holds the
+output of every step, measurements.csv, static_cost.csv, pictures, and configs.json, which the package ships once it
+lies in gcrf_triton/configs under the device's name. `--dry-run` does small versions of all steps, on any machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from bench.autotune import has_gpu
+from bench.static_cost import MACHINES
+from bench.summary import Device, summary
 
 REPOSITORY = Path(__file__).parent.parent
-PYTHON = [sys.executable, "-m"]
-Step = tuple[str, int, list[str]]  # name, most seconds, command
+LARGEST_ARCHIVE = 2**24  # bytes
+BASELINES = "triton-engine triton-engine-again torch-engine offsets flex unfold official copy"
 
 
-def steps(folder: Path, dry_run: bool) -> list[Step]:
-    """What is run, in this order; 1500 seconds at most."""
-    table, configs = str(folder / "measurements.csv"), str(folder / "configs.json")
-    # compiling the unfold for every case would take most of the time
-    names = ["triton-engine", "torch-engine", "offsets", "unfold", "official", "copy"]
-    run = [*PYTHON, "bench.run", "--out", table, "--implementations"]
-    tests, plot = [*PYTHON, "pytest", "-m", "gpu", "-q"], [*PYTHON, "bench.plot", table]
-    tune = [*PYTHON, "bench.autotune", "--out", configs]
-    if dry_run:
-        small = [*names, "--quick", "--repeats", "3", "--budget", "0.3"]
-        return [
-            ("tests", 300, tests),
-            ("tune", 360, [*tune, "--cases", "saliency", "--gates", "no"]),
-            ("cases", 360, [*run, *small, "--cases", "official-clicks", "saliency"]),
-            ("sweeps", 300, [*run, *small, "--sweeps", "pixels"]),
-            ("plot", 60, plot),
-        ]
-    few = ["--cases", "official-clicks", "voc-full"]
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A command and the most seconds it gets."""
+
+    name: str
+    limit: int
+    command: list[str]
+
+
+def steps(folder: Path, dry_run: bool, target: str = "sm_90") -> list[Step]:
+    """What is run, in this order: what has to be true, then why, then what is faster, then everything."""
+    cases, batch = ("wsl4mis", "wsl4mis") if dry_run else ("voc-full official-clicks wsl4mis", "voc-full-batch")
+    case, classes = cases.split()[0], "4" if dry_run else "4 21"
+    named, swept = ("saliency", "batch") if dry_run else ("", "")  # "" stands for all
+    few = "--quick --repeats 3 --budget 0.3" if dry_run else "--repeats 20 --budget 2"
+    run = f"python -m bench.run --out TABLE {few}"
+    truth = f"{run} --logits --modes forward+backward --implementations {BASELINES} --cases"
+    launches = f"python -m bench.launches --case {case} {'--quick' * dry_run}"
+    counters = "ncu --clock-control none --set full --page raw --csv --kernel-name regex:^(pack|sum_tile)$"
+    counters += f" --launch-skip 12 --launch-count 4 {launches} --gates no --steps 1 --dtypes"
+    tune = f"python -m bench.autotune --out CONFIGS --cases {cases}"
+    compiled = "triton-engine torch-engine flex offsets-compiled unfold-compiled"
+    plan = {
+        "about": (30, "python -m gcrf_triton"),
+        "tests": (200, "python -m pytest -m gpu -q"),
+        "truth": (150, f"{truth} {cases}"),
+        "truth-gates": (120, f"{truth} {cases} --gates"),
+        "truth-half": (60, f"{truth} {case} --dtype float16"),
+        "truth-half-gates": (60, f"{truth} {case} --dtype float16 --gates"),
+        "copy": (30, f"{run} --modes forward+backward --implementations copy --cases {batch}"),
+        "model": (60, f"python -m bench.static_cost --targets {target} --classes {classes} --no-gather --csv MODEL"),
+        "compiled": (180, f"{run} --logits --modes forward+backward --implementations {compiled} --cases {case}"),
+        "counters": (60, f"{counters} float32"),
+        "counters-half": (60, f"{counters} float16"),
+        "launches": (60, launches),
+        "tune": (210, f"{tune} --gates no"),
+        "tune-gates": (120, f"{tune} --gates yes"),
+        "tune-half": (120, f"{tune} --gates both --dtypes float16"),
+        "cases": (150, f"{run} --implementations {BASELINES} --cases {named}"),
+        "sweeps": (100, f"{run} --implementations {BASELINES} --sweeps {swept}"),
+        "plot": (30, "python -m bench.plot TABLE"),
+    }
+    words = {"TABLE": "measurements.csv", "MODEL": "static_cost.csv", "CONFIGS": "configs.json"}
+    words = {word: str(folder / file) for word, file in words.items()} | {"python": sys.executable}
+    slower = 2 if dry_run else 1
     return [
-        ("tests", 300, tests),
-        ("tune", 420, [*tune, "--gates", "no"]),
-        ("cases", 270, [*run, *names, "--cases"]),
-        ("sweeps", 200, [*run, *names, "--sweeps"]),
-        ("graphs", 80, [*run, "triton-engine", "offsets", "unfold", "copy", "--cuda-graph", *few]),
-        ("halves", 70, [*run, *names, "--dtype", "float16", *few]),
-        ("compiled", 70, [*run, "triton-engine", "unfold-compiled", "--cases", "official-clicks"]),
-        ("tune-gates", 60, [*tune, "--gates", "both"]),
-        ("plot", 30, plot),
+        Step(name, slower * limit, [words.get(word, word) for word in command.split()])
+        for name, (limit, command) in plan.items()
     ]
 
 
 def finish(step: Step, folder: Path) -> str:
     """Run a step, its output into a file of the folder; how it ended."""
-    name, limit, command = step
+    if shutil.which(step.command[0]) is None:
+        return f"left out: there is no {step.command[0]} here"
     # tuned configurations are kept beside the results, and the steps after use them
     environment = os.environ | {"TRITON_INTERPRET": "0", "GCRF_TRITON_CACHE": str(folder / "cache")}
     start = time.monotonic()
-    with (folder / f"{name}.log").open("w") as log:
-        log.write(f"{' '.join(command)}\n")
+    with (folder / f"{step.name}.log").open("w") as log:
+        log.write(f"{' '.join(step.command)}\n")
         log.flush()
-        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(step.command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
-            status = process.wait(limit)
+            status = process.wait(step.limit)
             ending = "done" if status == 0 else f"failed with status {status}"
         except subprocess.TimeoutExpired:
             ending = "met its limit"
@@ -79,34 +112,114 @@ def finish(step: Step, folder: Path) -> str:
     return f"{ending} after {time.monotonic() - start:.0f} s"
 
 
+@dataclasses.dataclass
+class Progress:
+    """How far a folder is: for which device, and how the steps ended."""
+
+    device: Device
+    dry_run: bool
+    endings: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, folder: Path, device: Device, dry_run: bool) -> Progress:
+        """That of a folder, which is made if need be; ValueError for one of something else."""
+        file = folder / "progress.json"
+        if not file.exists():
+            if folder.exists() and any(folder.iterdir()):
+                raise ValueError(f"--out: expected a new folder or one of this command, got {folder}")
+            folder.mkdir(parents=True, exist_ok=True)
+            new = cls(device, dry_run)
+            new.write(folder)
+            return new
+        content = json.loads(file.read_text())
+        found = cls(Device(**content["device"]), content["dry_run"], content["endings"])
+        if (found.device, found.dry_run) != (device, dry_run):
+            kinds = [f"{'a dry run' if kind else 'results'} of {name}" for name, kind in (
+                (device.name, dry_run), (found.device.name, found.dry_run)
+            )]  # fmt: skip
+            raise ValueError(f"--out: expected {kinds[0]}, got {folder}, which holds {kinds[1]}")
+        return found
+
+    def write(self, folder: Path) -> None:
+        (folder / "progress.json").write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+
+def this_device() -> tuple[Device, str]:
+    """The GPU and the target that Triton compiles for; without one, that of the model."""
+    if not has_gpu():
+        machine = MACHINES["sm_90"]
+        return Device(f"no GPU, modelled as {machine.device}", machine.multiprocessors, machine.gigahertz), "sm_90"
+    properties = torch.get_device_module().get_device_properties(0)
+    target = f"sm_{properties.major}{properties.minor}" if hasattr(properties, "major") else ""
+    target = target if target in MACHINES else "sm_90"
+    gigahertz = getattr(properties, "clock_rate", 0) / 1e6 or MACHINES[target].gigahertz
+    units = getattr(properties, "multi_processor_count", MACHINES[target].multiprocessors)
+    return Device(properties.name, units, gigahertz), target
+
+
+def archive(folder: Path) -> tuple[Path, list[str]]:
+    """Pack a folder beside itself, the smallest files first; the archive, and what did not fit into it."""
+    path, left_out, size = folder.with_name(f"{folder.name}.tar.gz"), [], 2**16
+    with tarfile.open(path, "w:gz") as packed:
+        for file in sorted(filter(Path.is_file, folder.rglob("*")), key=lambda file: file.stat().st_size):
+            name = str(file.relative_to(folder.parent))
+            size += len(zlib.compress(file.read_bytes())) + 1024
+            if size > LARGEST_ARCHIVE:
+                left_out.append(name)
+            else:
+                packed.add(file, name)
+    return path, left_out
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=str(__doc__).splitlines()[0])
-    parser.add_argument("--out", type=Path, help="new folder; default: gpu-results, or gpu-dry-run")
+    parser.add_argument("--out", type=Path, help="folder, new or of a call before; default: gpu-results or gpu-dry-run")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="run what fits, and the rest in other calls")
+    parser.add_argument("--steps", nargs="+", metavar="NAME", help="only these, though they be done already")
     parser.add_argument("--dry-run", action="store_true", help="small versions of all steps, with or without a GPU")
     options = parser.parse_args(arguments)
+    end = time.monotonic() + 60 * options.minutes
     folder = (options.out or Path("gpu-dry-run" if options.dry_run else "gpu-results")).absolute()
     try:
         if not options.dry_run and not has_gpu():
             raise ValueError("expected a GPU that Triton runs on, got none; --dry-run does without")
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        parser.exit(2, f"{parser.prog}: --out: expected a new folder, got {folder}, which exists\n")
+        device, target = this_device()
+        plan = steps(folder, options.dry_run, target)
+        known = [step.name for step in plan]
+        if unknown := [name for name in options.steps or [] if name not in known]:
+            raise ValueError(f"--steps: expected names of {', '.join(known)}, got {unknown[0]!r}")
+        progress = Progress.of(folder, device, options.dry_run)
+        chosen = options.steps or [name for name in known if name not in progress.endings]
+        planned = [step for step in plan if step.name in chosen]
+        if planned and planned[0].limit > 60 * options.minutes:
+            least = f"{planned[0].limit / 60:g}, which {planned[0].name} may take"
+            raise ValueError(f"--minutes: expected at least {least}, got {options.minutes:g}")
     except OSError as error:
         parser.exit(2, f"{parser.prog}: --out: cannot make {folder}: {error.strerror}\n")
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    failed = False
+
+    status = 0
     try:
-        for step in steps(folder, options.dry_run):
-            print(f"{step[0]:10}", end="", flush=True)
-            ending = finish(step, folder)
-            failed |= not ending.startswith("done")
+        for step in planned:
+            if time.monotonic() + step.limit > end:
+                print(f"the next call goes on with {step.name}, which may take {step.limit} s")
+                break
+            print(f"{step.name:18}", end="", flush=True)
+            ending = progress.endings[step.name] = finish(step, folder)
+            progress.write(folder)
+            status |= int(not ending.startswith(("done", "left out")))
             print(ending, flush=True)
     except KeyboardInterrupt:
-        print(f"interrupted: what was done is in {folder}", file=sys.stderr)
-        return 130
-    print(f"everything is in {folder}")
-    return int(failed)
+        print("interrupted: the next call goes on with this step", file=sys.stderr)
+        status = 130
+    text = summary(folder, progress.device, progress.endings)
+    (folder / "summary.txt").write_text(text)
+    packed, left_out = archive(folder)
+    print(f"\n{text}\neverything is in {folder} and, packed, in {packed}")
+    if left_out:
+        print(f"but for {', '.join(left_out)}, too large for the archive")
+    return status
 
 
 if __name__ == "__main__":

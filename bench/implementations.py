@@ -143,7 +143,6 @@ def make_step(name: str, case: Case, mode: str) -> Step:
     elif case.logits:
         activate = torch.nn.Softmax(dim=1)
     if name.endswith("-compiled"):
-        torch.compiler.reset()  # or after some shapes it would give up compiling
         loss = torch.compile(loss, dynamic=False)
 
     def value(prediction: Tensor, image: Tensor, source: Tensor | None = None, destination: Tensor | None = None):

@@ -80,6 +80,7 @@ def measure(
     report: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Result]:
     """Every implementation's result in a case and mode; `report` hears whose turn to run alone it is."""
+    torch.compiler.reset()  # or after some shapes it would give up compiling
     inputs = make_inputs(case)
     # by the engine whose float64 agrees with explicit loops, and on the CPU, where memory is not what is measured
     exact = make_step("torch-engine", case, mode)(*(tensor.double() for tensor in inputs))

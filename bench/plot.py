@@ -373,13 +373,17 @@ def found_tables(measured: bool = False) -> list[Path]:
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    matplotlib.use("Agg")
+def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=str(__doc__).split("\n")[0])
     parser.add_argument("tables", nargs="*", type=Path, help="CSV files; default: all of bench/results")
     parser.add_argument("--markdown", action="store_true", help="print the named cases as a table, and draw nothing")
     parser.add_argument("--out", type=Path, help="folder for the pictures; default: that of each file")
-    options = parser.parse_args(arguments)
+    return parser, parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    matplotlib.use("Agg")
+    parser, options = parse(arguments)
     try:
         if options.markdown:
             print("\n".join(markdown(table.read(path)) for path in options.tables or found_tables(measured=True)))

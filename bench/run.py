@@ -84,6 +84,10 @@ def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
     cases = named(names, arguments.quick) + [
         case for quantity in quantities for case in sweep(quantity, arguments.quick)
     ]
+    if arguments.logits:
+        for case in [case for case in cases if case.shape[1] == 1]:
+            print(f"{case.name} is left out: the softmax of one class is 1")
+            cases.remove(case)
     same = {"gates": arguments.gates, "logits": arguments.logits}
     return [dataclasses.replace(case, dtype=arguments.dtype or case.dtype, **same) for case in cases]
 

@@ -227,7 +227,7 @@ def cases(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
             yield [gather_row(target, classes, radius)]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(prog="python -m bench.static_cost", description=str(__doc__).splitlines()[0])
     parser.add_argument("--targets", nargs="+", default=["sm_90"], choices=TARGETS, metavar="TARGET")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "float16"], choices=DTYPES)
@@ -237,7 +237,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--configs", default="chosen", choices=["chosen", "all"], help="all that the tuner would try")
     parser.add_argument("--no-gather", dest="gather", action="store_false", help="leave the untiled baseline out")
     parser.add_argument("--csv", type=Path, help="write the rows to this file")
-    options = parser.parse_args(arguments)
+    return parser, parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser, options = parse(arguments)
     try:
         check(options)
     except ValueError as error:

@@ -120,6 +120,16 @@ def test_compiled_implementations_compute_the_same(name):
     assert_same_as_the_unfold(name, cases.Case("", (1, 3, 9, 7), radius=1, dtype="float64", gates=True, logits=True))
 
 
+def test_what_is_compiled_for_a_case_is_kept_until_the_next(monkeypatch):
+    events = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: events.append("reset"))
+    monkeypatch.setattr(torch, "compile", lambda loss, dynamic: (events.append("compile"), loss)[1])
+    names = ["offsets-compiled", "unfold-compiled"]
+    for _ in range(2):
+        measure.measure(TINY, "forward+backward", names, CPU, measure.Settings(2, 10, memory=False))
+    assert events == 2 * ["reset", "compile", "compile"]
+
+
 @pytest.mark.parametrize("name", ["triton-engine", "triton-engine-again", "flex"])
 def test_what_does_not_run_on_a_cpu_says_why(name):
     assert "CPU" in implementations.why_not(name, CPU)

@@ -57,6 +57,20 @@ def test_both_engines_agree(dtype, kernels, gates):
     assert (gradient.cpu().double() - expected_gradient).norm() <= tolerance * expected_gradient.norm()
 
 
+def test_autocast():
+    logits, image = picture()
+    expected = step(logits, image)
+    network = torch.nn.Conv2d(21, 21, 1, bias=False, device="cuda")
+    torch.nn.init.eye_(network.weight.data[:, :, 0, 0])
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        halves = network(logits)
+        loss = gated_crf_loss(halves, {"rgb": image}, from_logits=True)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert halves.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert abs(loss - expected[0]) <= 1e-2 * expected[0]
+    assert (gradient - expected[1]).norm() <= 2e-2 * expected[1].norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_repeats_bit_by_bit(dtype):
     logits, image = picture(dtype=dtype)
