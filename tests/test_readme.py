@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = (ROOT / "README.md", ROOT / "bench/weak_supervision/README.md")
+PAGES = tuple(ROOT / page for page in ("README.md", "bench/README.md", "bench/weak_supervision/README.md"))
 
 
 @pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, re.DOTALL), ids=lambda text: text[:40])
