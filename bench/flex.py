@@ -29,20 +29,18 @@ class FlexLoss(torch.autograd.Function):
     def forward(ctx, p: Tensor, image: Tensor, case: Case, source: Tensor | None, destination: Tensor | None) -> Tensor:
         if source is None and destination is None:
             sums, mass = pairwise_sums(p, image, case)
-            energies, gradient, pixels = (
-                mass - (p * sums).sum(1, keepdim=True),
-                -2 * sums,
-                mass.new_tensor(mass.numel()),
-            )
+            energies, gradient = mass - (p * sums).sum(1, keepdim=True), -2 * sums
         else:
-            s, d = (torch.ones_like(p[:, :1]) if gate is None else gate[:, None] for gate in (source, destination))
-            sums, _ = pairwise_sums(torch.cat([s * p, d * p, s.to(p.dtype)], dim=1), image, case)
+            # gates of 0 and 1, in the dtype of p: float32 ones would make the products those of float32
+            s, d = (
+                torch.ones_like(p[:, :1]) if gate is None else gate[:, None].to(p) for gate in (source, destination)
+            )
+            sums, _ = pairwise_sums(torch.cat([s * p, d * p, s], dim=1), image, case)
             by_source, by_destination, mass = sums.split([p.shape[1], p.shape[1], 1], dim=1)
             energies = d * (mass - (p * by_source).sum(1, keepdim=True))
-            gradient, pixels = (
-                -(d * by_source + s * by_destination),
-                (s if destination is None else d).sum().clamp(min=1),
-            )
+            gradient = -(d * by_source + s * by_destination)
+        counted = source if destination is None else destination
+        pixels = energies.numel() if counted is None else counted.sum().clamp(min=1)
         ctx.save_for_backward((gradient / pixels).to(p.dtype))
         return energies.sum() / pixels
 
@@ -70,7 +68,7 @@ def pairwise_sums(columns: Tensor, image: Tensor, case: Case) -> tuple[Tensor, T
             exponents.append(math.log(kernel["weight"]) + sum(terms))
         return score + (torch.log(sum(map(torch.exp, exponents))) if len(exponents) > 1 else exponents[0])
 
-    attend = flex_attention if columns.device.type == "cpu" else compiled_attention()
+    attend = compiled_attention("eager" if columns.device.type == "cpu" else "inductor")
     mask = window(height, width, case.radius, columns.device)
     settings = {"score_mod": log_kernel, "block_mask": mask, "scale": 1.0, "return_aux": AuxRequest(lse=True)}
     out, auxiliary = attend(query, key, values, **settings)
@@ -80,8 +78,8 @@ def pairwise_sums(columns: Tensor, image: Tensor, case: Case) -> tuple[Tensor, T
 
 
 @functools.cache
-def compiled_attention():
-    return torch.compile(flex_attention, dynamic=False)
+def compiled_attention(backend: str):
+    return torch.compile(flex_attention, dynamic=False, backend=backend)
 
 
 def to_tiles(image: Tensor, tiles: tuple[int, int]) -> Tensor:

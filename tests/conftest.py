@@ -1,8 +1,10 @@
+import importlib.util
 import os
 import re
 from pathlib import Path
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: kernels run on the CPU
+if importlib.util.find_spec("numpy"):  # which the interpreter needs
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: kernels run on the CPU
 
 import pytest
 import torch
@@ -105,7 +107,9 @@ def engine(request, monkeypatch):
     """The engine that impl="auto" stands for: each of those that pytest.mark.engines names, else PyTorch's."""
     name = getattr(request, "param", "torch")
     if name == "triton":
-        pytest.importorskip("gcrf_triton.triton_engine")
+        engine = pytest.importorskip("gcrf_triton.triton_engine")
+        if reason := engine.unavailable(torch.device("cpu")):
+            pytest.skip(f"Triton cannot run on the CPU: {reason}")
     monkeypatch.setenv("GCRF_TRITON_IMPL", name)
     return name
 

@@ -43,11 +43,11 @@ def test_the_module_describes_the_installation():
 def test_the_tests_collect_without_optional_packages(options):
     program = (
         "import sys, pytest\n"
-        "class Missing:\n"
-        "    def find_spec(name, *_):\n"
-        f"        if name.split('.')[0] in {OPTIONAL}:\n"
-        "            raise ModuleNotFoundError(f'No module named {name!r}')\n"
-        "sys.meta_path.insert(0, Missing)\n"
+        "from importlib.machinery import PathFinder\n"
+        "class Installed(PathFinder):\n"
+        "    def find_spec(name, *rest):\n"
+        f"        return None if name.split('.')[0] in {OPTIONAL} else PathFinder.find_spec(name, *rest)\n"
+        "sys.meta_path[sys.meta_path.index(PathFinder)] = Installed\n"
         f"sys.exit(pytest.main(['--collect-only', '-q', '-p', 'no:cacheprovider', *{options}]))\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "CI"}
