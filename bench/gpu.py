@@ -1,10 +1,11 @@
 """`python -m bench.gpu`: on a machine with a GPU, test, compare, profile, tune, measure and plot, into one folder.
 
 Steps run one after another, each with a limit of seconds; one that fails or meets its limit does not stop the others.
-All of them take half an hour at most. With `--minutes M` a call runs as many as fit, and the next call goes on where it
-ended. Every call ends with the main figures, and leaves the folder as one archive beside it. The folder holds the
-output of every step, measurements.csv, static_cost.csv, pictures, and configs.json, which the package ships once it
-lies in gcrf_triton/configs under the device's name. `--dry-run` does small versions of all steps, on any machine.
+All of them take three quarters of an hour at most. With `--minutes M` a call runs as many as fit, and the next goes on
+where it ended. Every call ends with the main figures, and leaves the folder as one archive beside it; where that is
+unpacked, on a machine with such a device, the next call goes on too. The folder holds the output of every step,
+measurements.csv, static_cost.csv, pictures, and configs.json, which the package ships once it lies in
+gcrf_triton/configs under the device's name. `--dry-run` does small versions of all steps, on any machine.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -28,6 +30,7 @@ from pathlib import Path
 import torch
 
 from bench.autotune import has_gpu
+from bench.plot import QUANTITIES
 from bench.static_cost import MACHINES
 from bench.summary import Device, summary
 
@@ -49,33 +52,39 @@ def steps(folder: Path, dry_run: bool, target: str = "sm_90") -> list[Step]:
     """What is run, in this order: what has to be true, then why, then what is faster, then everything."""
     cases, batch = ("wsl4mis", "wsl4mis") if dry_run else ("voc-full official-clicks wsl4mis", "voc-full-batch")
     case, classes = cases.split()[0], "4" if dry_run else "4 21"
-    named, swept = ("saliency", "batch") if dry_run else ("", "")  # "" stands for all
+    named = "saliency" if dry_run else ""  # "" stands for all
     few = "--quick --repeats 3 --budget 0.3" if dry_run else "--repeats 20 --budget 2"
-    run = f"python -m bench.run --out TABLE {few}"
-    truth = f"{run} --logits --modes forward+backward --implementations {BASELINES} --cases"
+    run = f"python -m bench.run --out TABLE {few} --modes forward+backward --implementations"
+    truth, compiled = (
+        f"{run} {BASELINES} --logits --cases",
+        f"{run} triton-engine torch-engine NAME --logits --cases {case}",
+    )
     launches = f"python -m bench.launches --case {case} {'--quick' * dry_run}"
-    counters = "ncu --clock-control none --set full --page raw --csv --kernel-name regex:^(pack|sum_tile)$"
-    counters += f" --launch-skip 12 --launch-count 4 {launches} --gates no --steps 1 --dtypes"
-    tune = f"python -m bench.autotune --out CONFIGS --cases {cases}"
-    compiled = "triton-engine torch-engine flex offsets-compiled unfold-compiled"
+    counters = "ncu --clock-control none --profile-from-start off --set full --page raw --csv"
+    counters += f" --kernel-name regex:^(pack|sum_tile)$ {launches} --gates no --steps 1 --dtypes"
+    tune = f"python -m bench.autotune --out CONFIGS --cases {case if dry_run else 'voc-full wsl4mis'}"
+    sweep = f"{run} {BASELINES.replace('flex ', '')} --sweeps"  # which would compile for every size
+    workers = f"-n {min(8, os.cpu_count() or 1)}" if importlib.util.find_spec("xdist") else ""
     plan = {
         "about": (30, "python -m gcrf_triton"),
-        "tests": (200, "python -m pytest -m gpu -q"),
+        "tests": (270, f"python -m pytest -m gpu -q {workers}"),
         "truth": (150, f"{truth} {cases}"),
         "truth-gates": (120, f"{truth} {cases} --gates"),
         "truth-half": (60, f"{truth} {case} --dtype float16"),
         "truth-half-gates": (60, f"{truth} {case} --dtype float16 --gates"),
-        "copy": (30, f"{run} --modes forward+backward --implementations copy --cases {batch}"),
-        "model": (60, f"python -m bench.static_cost --targets {target} --classes {classes} --no-gather --csv MODEL"),
-        "compiled": (180, f"{run} --logits --modes forward+backward --implementations {compiled} --cases {case}"),
+        "copy": (30, f"{run} copy --cases {batch}"),
+        "model": (120, f"python -m bench.static_cost --targets {target} --classes {classes} --no-gather --csv MODEL"),
+        "compiled-offsets": (180, compiled.replace("NAME", "offsets-compiled")),
+        "compiled-unfold": (90, compiled.replace("NAME", "unfold-compiled")),
         "counters": (60, f"{counters} float32"),
         "counters-half": (60, f"{counters} float16"),
         "launches": (60, launches),
-        "tune": (210, f"{tune} --gates no"),
-        "tune-gates": (120, f"{tune} --gates yes"),
-        "tune-half": (120, f"{tune} --gates both --dtypes float16"),
-        "cases": (150, f"{run} --implementations {BASELINES} --cases {named}"),
-        "sweeps": (100, f"{run} --implementations {BASELINES} --sweeps {swept}"),
+        "tune": (180, f"{tune} --gates no"),
+        "tune-gates": (180, f"{tune} --gates yes"),
+        "tune-half": (180, f"{tune} --gates no --dtypes float16"),
+        "tune-half-gates": (180, f"{tune} --gates yes --dtypes float16"),
+        "cases": (240, f"{run} {BASELINES} --cases {named}"),
+        **{f"sweep-{quantity}": (90, f"{sweep} {quantity}") for quantity in QUANTITIES},
         "plot": (30, "python -m bench.plot TABLE"),
     }
     words = {"TABLE": "measurements.csv", "MODEL": "static_cost.csv", "CONFIGS": "configs.json"}
@@ -97,7 +106,14 @@ def finish(step: Step, folder: Path) -> str:
     with (folder / f"{step.name}.log").open("w") as log:
         log.write(f"{' '.join(step.command)}\n")
         log.flush()
-        process = subprocess.Popen(step.command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            step.command,
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a group of its own, of which nobody is left to disturb the next step
+        )
         try:
             status = process.wait(step.limit)
             ending = "done" if status == 0 else f"failed with status {status}"
@@ -107,7 +123,8 @@ def finish(step: Step, folder: Path) -> str:
             process.send_signal(signal.SIGINT)  # a benchmark keeps what it has measured
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(20)
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return f"{ending} after {time.monotonic() - start:.0f} s"
 
@@ -131,8 +148,11 @@ class Progress:
             new = cls(device, dry_run)
             new.write(folder)
             return new
-        content = json.loads(file.read_text())
-        found = cls(Device(**content["device"]), content["dry_run"], content["endings"])
+        try:
+            content = json.loads(file.read_text())
+            found = cls(Device(**content["device"]), content["dry_run"], content["endings"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"--out: expected progress of this command in {file}, got {error!r}") from None
         if (found.device, found.dry_run) != (device, dry_run):
             kinds = [f"{'a dry run' if kind else 'results'} of {name}" for name, kind in (
                 (device.name, dry_run), (found.device.name, found.dry_run)
@@ -141,7 +161,9 @@ class Progress:
         return found
 
     def write(self, folder: Path) -> None:
-        (folder / "progress.json").write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        temporary = folder / "progress.json.new"
+        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        temporary.replace(folder / "progress.json")  # the old or the new one, whenever the call ends
 
 
 def this_device() -> tuple[Device, str]:
@@ -213,7 +235,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: the next call goes on with this step", file=sys.stderr)
         status = 130
-    text = summary(folder, progress.device, progress.endings)
+    try:
+        text = summary(folder, progress.device, progress.endings)
+    except ValueError as error:
+        text = f"no figures: {error}\n"
     (folder / "summary.txt").write_text(text)
     packed, left_out = archive(folder)
     print(f"\n{text}\neverything is in {folder} and, packed, in {packed}")

@@ -1,15 +1,16 @@
 """`python -m bench.launches`: what one step of the loss launches on a GPU, and how long it keeps the host.
 
 Of one named case from logits, in float32 and float16, without and with gates: every kernel's launches and time on the
-device, by PyTorch's profiler, and the time that the host takes to launch a step. `--steps N` runs N steps of one of
-them and nothing else, for a profiler from outside, such as Nsight Compute. Without a GPU it counts the operations of
-the PyTorch engine.
+device, by PyTorch's profiler, and the time that the host takes to launch a step. `--steps N` instead runs N steps as
+the range of a profiler from outside (`ncu --profile-from-start off`). Without a GPU it counts the operations of the
+PyTorch engine.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import itertools
 import statistics
@@ -65,6 +66,15 @@ def kernels_of(step: Callable[[], object], device: torch.device) -> list[tuple[s
     return sorted(rows, key=lambda row: -row[2])
 
 
+def run_for_a_profiler(step: Callable[[], object], steps: int, device: torch.device) -> None:
+    """Steps in the range that CUDA tells profilers of."""
+    synchronize(device)
+    with torch.cuda.profiler.profile() if device.type == "cuda" else contextlib.nullcontext():
+        for _ in range(steps):
+            step()
+        synchronize(device)
+
+
 def synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize()
@@ -76,7 +86,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     parser.add_argument("--dtypes", nargs="+", default=["float32", "float16"], choices=DTYPES)
     parser.add_argument("--gates", default="both", choices=["no", "yes", "both"])
     parser.add_argument("--quick", action="store_true", help="the case with few pixels")
-    parser.add_argument("--steps", type=int, help="run so many steps and nothing else")
+    parser.add_argument("--steps", type=int, help="run so many steps, for a profiler from outside")
     return parser, parser.parse_args(arguments)
 
 
@@ -88,9 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for dtype, gated in itertools.product(options.dtypes, gates):
         step = make_own_step(dataclasses.replace(case, dtype=dtype, gates=gated, logits=True), device)
         if options.steps is not None:
-            for _ in range(options.steps):
-                step()
-            synchronize(device)
+            run_for_a_profiler(step, options.steps, device)
             continue
         host, kernels = host_seconds(step, device), kernels_of(step, device)
         launches, busy = (sum(row[column] for row in kernels) for column in (1, 2))

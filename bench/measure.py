@@ -34,7 +34,7 @@ HEADROOM = 1.5  # of memory, above what bytes_needed counts
 FEWEST_TURNS = 3
 NEEDS_NO_WARMING = 0.2  # seconds a step
 BACKLOG_BYTES = 2**28  # about 100 microseconds of a large GPU
-MOST_FILLINGS = 256
+FEWEST_FILLINGS, MOST_FILLINGS = 4, 256
 OUTLASTS_LAUNCHES = 0.05  # seconds a step
 STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -178,18 +178,21 @@ class DeviceStopwatch:
     """Seconds between events around a step on a GPU, which is busy with a backlog until all of the step is launched.
 
     The backlog fills a buffer larger than the second-level cache, as often as it takes to outlast the launches. A step
-    within which the host waits for the device cannot be launched in advance: its time is that of both.
+    within which the host waits for the device, or of more launches than its queue holds (about a thousand, of which the
+    loop over offsets has more), cannot be launched in advance: its time is that of both.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.module, self.fillings = torch.get_device_module(device), 4
+        self.module = torch.get_device_module(device)
+        self.fillings: dict[Callable[[], object], int] = {}
         self.buffer = torch.empty(BACKLOG_BYTES, dtype=torch.uint8, device=device)
 
     def __call__(self, step: Callable[[], object]) -> float:
+        fillings = self.fillings.get(step, FEWEST_FILLINGS)
         while True:
             start, end = (self.module.Event(enable_timing=True) for _ in range(2))
             torch.accelerator.synchronize()
-            for _ in range(self.fillings):
+            for _ in range(fillings):
                 self.buffer.fill_(1)
             start.record()
             step()
@@ -197,9 +200,10 @@ class DeviceStopwatch:
             launched_in_time = not start.query()
             end.synchronize()
             seconds = start.elapsed_time(end) / 1e3
-            if launched_in_time or seconds > OUTLASTS_LAUNCHES or self.fillings >= MOST_FILLINGS:
+            if launched_in_time or seconds > OUTLASTS_LAUNCHES or fillings >= MOST_FILLINGS:
+                self.fillings[step] = fillings
                 return seconds
-            self.fillings *= 2
+            fillings *= 2
 
 
 def preparation(inputs: tuple[Tensor, ...], settings: Settings) -> Callable[[Step], Callable[[], object]]:

@@ -133,6 +133,7 @@ def draw_sweep(axes: Axes, rows: Sequence[Row], quantity: str, column: str, scal
 
 def draw_crosses(line: Sequence[Axes], curves: Mapping[str, Sequence[Row]]) -> None:
     """Crosses above the curves of a line of axes, where implementations ran out of memory."""
+    curves = {quantity: [row for row in rows if row["implementation"] in STYLES] for quantity, rows in curves.items()}
     every = [row for rows in curves.values() for row in rows if ran_out(row)]
     lost = [name for name in STYLES if any(row["implementation"] == name for row in every)]
     strip = 0.06 * len(lost) + 0.02 * bool(lost)  # of the height of the axes

@@ -12,10 +12,10 @@ import torch
 OPTIONAL = ("efficientnet_lite_pytorch", "h5py", "imgviz", "matplotlib", "numpy", "PIL", "scipy", "sklearn", "tqdm")
 
 
-def reason_to_skip(error: str) -> str | None:
-    """What an error says, if it is that an optional package is not installed; in CI all have to be."""
-    found = re.search(r"No module named '(\w+)[\w.]*'", error)
-    return found[0] if found and found[1] in OPTIONAL and "CI" not in os.environ else None
+def reason_to_skip(report: str) -> str | None:
+    """What a report says, if it is that an optional package is not installed; in CI all have to be."""
+    found = re.search(r"^E +ModuleNotFoundError: (No module named '(\w+)[\w.]*')", report, re.M)
+    return found[1] if found and found[2] in OPTIONAL and "CI" not in os.environ else None
 
 
 @pytest.hookimpl(wrapper=True)
@@ -33,7 +33,7 @@ def pytest_runtest_call(item):
     try:
         return (yield)
     except ModuleNotFoundError as error:
-        if reason := reason_to_skip(str(error)):
+        if reason := reason_to_skip(f"E ModuleNotFoundError: {error}"):
             pytest.skip(reason)
         raise
 

@@ -6,6 +6,7 @@ import random
 import sys
 import tarfile
 import types
+from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -155,6 +156,16 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_others(planned, tmp_path, 
     assert gpu.main(["--dry-run", "--out", str(folder), "--steps", "tune"]) == 1
 
 
+def test_nothing_of_a_step_outlives_it(planned, tmp_path):
+    file = tmp_path / "pid"
+    child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    text = f"import pathlib, subprocess, sys; pathlib.Path({str(file)!r}).write_text(str({child}.pid))"
+    planned[:] = [program("leaves", text)]
+    assert gpu.main(["--dry-run", "--out", str(tmp_path / "results")]) == 0
+    stat = Path("/proc", file.read_text(), "stat")
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
 def test_a_call_goes_on_where_the_last_one_ended(planned, tmp_path, capsys):
     arguments = ["--dry-run", "--out", str(tmp_path / "results"), "--minutes", "0.5"]
     ran = []
@@ -195,6 +206,10 @@ def test_folders_of_something_else_are_left_alone(planned, tmp_path, monkeypatch
     fails_in_one_line(capsys, gpu, arguments, "--out: expected a new folder or one of this command", "photographs")
     arguments[-1] = str(tmp_path / "results")
     assert gpu.main(arguments) == 0
+    whole = (tmp_path / "results" / "progress.json").read_text()
+    (tmp_path / "results" / "progress.json").write_text(whole[:20])
+    fails_in_one_line(capsys, gpu, arguments, "--out: expected progress of this command", "progress.json")
+    (tmp_path / "results" / "progress.json").write_text(whole)
     monkeypatch.setattr(gpu, "this_device", lambda: (Device("Imaginary 9000", 1, 1.0), "sm_90"))
     fails_in_one_line(capsys, gpu, arguments, "--out: expected a dry run of Imaginary 9000", "a dry run of no GPU")
 
@@ -211,12 +226,12 @@ def test_the_archive_is_small_enough(tmp_path, monkeypatch):
     assert left_out == ["results/large.log"] and path.stat().st_size < 10**6
 
 
-def test_all_steps_fit_into_half_an_hour_and_one_into_nine_minutes(tmp_path):
+def test_all_steps_fit_into_45_minutes_and_one_into_9(tmp_path):
     for dry_run in (False, True):
         planned = gpu.steps(tmp_path, dry_run)
         assert len({step.name for step in planned}) == len(planned)
         assert max(step.limit for step in planned) <= 9 * 60
-        assert dry_run or sum(step.limit for step in planned) <= 30 * 60
+        assert dry_run or sum(step.limit for step in planned) <= 45 * 60
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
@@ -254,6 +269,8 @@ def test_the_summary_sets_measurements_beside_the_model(tmp_path):
         measured("official", "0.0123", "123.4"),
         measured("copy", "0.00000168"),
         measured("unfold", "", status="oom"),
+        measured("triton-engine", "0.0002", "1", utc="later"),  # beside fewer others
+        measured("flex", "0.0012", "6.25", utc="later"),
     ]
     table.append(rows, tmp_path / "measurements.csv")
     with (tmp_path / "static_cost.csv").open("w", newline="") as file:
@@ -268,7 +285,7 @@ def test_the_summary_sets_measurements_beside_the_model(tmp_path):
     assert "a copy moves 1.00 TB/s, read and written" in lines
     figures = [line.split() for line in lines if line.startswith("imagined")]
     assert figures[0][:5] == ["imagined", "float32", "no", "0.1000", "0.0160"]
-    assert "oom" in figures[0] and "123" in figures[0] and "2.0" in figures[0] and "1e-7" in figures[0]
+    assert {"oom", "6.25", "123", "2.0", "1e-7"} <= set(figures[0])
     assert figures[1][3] == "100.0" and "dram 16.0" in lines[-1]
 
 
