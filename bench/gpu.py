@@ -55,10 +55,8 @@ def steps(folder: Path, dry_run: bool, target: str = "sm_90") -> list[Step]:
     named = "saliency" if dry_run else ""  # "" stands for all
     few = "--quick --repeats 3 --budget 0.3" if dry_run else "--repeats 20 --budget 2"
     run = f"python -m bench.run --out TABLE {few} --modes forward+backward --implementations"
-    truth, compiled = (
-        f"{run} {BASELINES} --logits --cases",
-        f"{run} triton-engine torch-engine NAME --logits --cases {case}",
-    )
+    truth = f"{run} {BASELINES} --logits --cases"
+    compiled = f"{run} triton-engine torch-engine NAME --logits --cases {case}"
     launches = f"python -m bench.launches --case {case} {'--quick' * dry_run}"
     counters = "ncu --clock-control none --profile-from-start off --set full --page raw --csv"
     counters += f" --kernel-name regex:^(pack|sum_tile)$ {launches} --gates no --steps 1 --dtypes"
@@ -67,7 +65,7 @@ def steps(folder: Path, dry_run: bool, target: str = "sm_90") -> list[Step]:
     workers = f"-n {min(8, os.cpu_count() or 1)}" if importlib.util.find_spec("xdist") else ""
     plan = {
         "about": (30, "python -m gcrf_triton"),
-        "tests": (270, f"python -m pytest -m gpu -q {workers}"),
+        "tests": (240, f"python -m pytest -m gpu -q {workers}"),
         "truth": (150, f"{truth} {cases}"),
         "truth-gates": (120, f"{truth} {cases} --gates"),
         "truth-half": (60, f"{truth} {case} --dtype float16"),
