@@ -15,7 +15,6 @@ PAIRS = (  # Python, PyTorch, Triton
     ("3.12", "2.11.0", "3.6.0"),
     ("3.11", "2.13.0", "3.9.0"),
     ("3.13", "2.14.1", "3.8.0"),
-    ("3.13", "2.15.0", "3.9.0"),
 )
 REPORTS = pathlib.Path("build/versions")
 TABLE = pathlib.Path("bench/results/versions.md")

@@ -39,6 +39,11 @@ def test_the_table_is_that_of_the_measurements(capsys):
     assert len(shown) >= 5 and all(f"| {name}" in "".join(shown) for name in ("official-clicks", "voc-full", "wsl4mis"))
 
 
+def test_the_versions_are_those_that_were_run():
+    lines = (ROOT / "bench/results/versions.md").read_text().splitlines()
+    assert len(lines) >= 5 and set(lines) <= set(README.splitlines())
+
+
 @pytest.mark.parametrize(("data", "metric"), [("acdc", "dice"), ("msrc", "miou")])
 def test_the_tables_of_weak_supervision_are_those_of_the_trainings(data, metric):
     from bench.weak_supervision.experiment import read_rows
