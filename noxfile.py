@@ -1,8 +1,8 @@
 """`nox` runs the tests with every pair of PyTorch and Triton in PAIRS, and prints the README's table of versions.
 
-Every pair has an environment and a Python of its own, so nox needs Python 3.10 to 3.13 (with pyenv:
-`PYENV_VERSION=3.11:3.10:3.12:3.13 nox`), uv, and some 6 GB a pair. `nox -s oldest` takes the lowest version of every
-package that pyproject.toml admits, and runs what depends on PyTorch most: two minutes, which CI spends every time.
+Every pair has an environment and a Python of its own, so nox needs Python 3.10 to 3.13 (with pyenv, PYENV_VERSION lists
+them), uv, and some 6 GB a pair. `nox -s oldest` takes the lowest version of every package that pyproject.toml admits,
+and runs what depends on PyTorch most: two minutes, which CI spends every time.
 """
 
 import pathlib

@@ -22,8 +22,8 @@ BLOCK = TILE_Y * TILE_X
 HEAD = 16  # channels of queries, keys and values, at the least
 
 
-class FlexLoss(torch.autograd.Function):
-    """`FlexLoss.apply(p, image, case, source, destination)`: loss of p [N, C, H, W] under gates [N, H, W] or None."""
+class FlexEnergy(torch.autograd.Function):
+    """`FlexEnergy.apply(p, image, case, source, destination)`: energy of p [N, C, H, W], gates [N, H, W] or None."""
 
     @staticmethod
     def forward(ctx, p: Tensor, image: Tensor, case: Case, source: Tensor | None, destination: Tensor | None) -> Tensor:
@@ -39,14 +39,13 @@ class FlexLoss(torch.autograd.Function):
             by_source, by_destination, mass = sums.split([p.shape[1], p.shape[1], 1], dim=1)
             energies = d * (mass - (p * by_source).sum(1, keepdim=True))
             gradient = -(d * by_source + s * by_destination)
-        counted = source if destination is None else destination
-        pixels = energies.numel() if counted is None else counted.sum().clamp(min=1)
-        ctx.save_for_backward((gradient / pixels).to(p.dtype))
-        return energies.sum() / pixels
+        ctx.save_for_backward(gradient)
+        ctx.dtype = p.dtype
+        return energies.sum()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return (grad * ctx.saved_tensors[0], *[None] * 4)
+        return ((grad * ctx.saved_tensors[0]).to(ctx.dtype), *[None] * 4)
 
 
 def pairwise_sums(columns: Tensor, image: Tensor, case: Case) -> tuple[Tensor, Tensor]:

@@ -70,9 +70,9 @@ def offsets(p: Tensor, image: Tensor, case: Case, source: Tensor | None, destina
 
 
 def flex(p: Tensor, image: Tensor, case: Case, source: Tensor | None, destination: Tensor | None) -> Tensor:
-    from bench.flex import FlexLoss
+    from bench.flex import FlexEnergy
 
-    return FlexLoss.apply(p, image, case, source, destination)
+    return FlexEnergy.apply(p, image, case, source, destination) / pixels(p, destination)
 
 
 def pixels(p: Tensor, destination: Tensor | None) -> Tensor | int:
