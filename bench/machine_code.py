@@ -10,13 +10,17 @@ import pathlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bench.cases import RGB_XY
+from gcrf_triton import op
 from gcrf_triton.tuning import Config, use_config
 
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
@@ -65,10 +69,37 @@ def record_launches(
 
     With `tiles=False` those of the product with all columns, an offset at a time.
     """
-    from gcrf_triton import kernels as module
     from gcrf_triton import triton_engine
     from gcrf_triton.loss import parse_kernels
     from gcrf_triton.op import accumulation_dtype
+
+    names, weights, sigmas = parse_kernels(kernels)
+    n, _, height, width = shape
+    input = torch.empty(*shape, dtype=dtype, device="meta")
+    wide = accumulation_dtype(dtype)
+    features = [
+        torch.empty(n, (channels or {}).get(name, 3), height, width, dtype=wide, device="meta") for name in names
+    ]
+    mask = torch.empty(n, height, width, dtype=torch.bool, device="meta") if gated else None
+    gate = None if mask is None else mask.to(wide)
+    pairs = (features, gate, gate, weights, sigmas, radius)
+    with recorded(target) as launches, contextlib.nullcontext() if config is None else use_config(config):
+        if not tiles:
+            triton_engine._sum_offsets(input.to(wide), *pairs)
+        elif triton_engine.fits(input, shape[1] + (not from_logits), features, sigmas):
+            result = torch.empty_like(input) if gradient else input.new_empty(0)
+            pairs = (features, mask, mask, weights, sigmas, radius)
+            triton_engine.potts_energy(input, *pairs, True, from_logits, result, 1.0)
+        else:
+            triton_engine.apply_pairwise([input.to(wide)], *pairs)
+    return launches
+
+
+@contextlib.contextmanager
+def recorded(target: str) -> Iterator[list[Launch]]:
+    """Context in which tensors of any device are taken for a target's, and launches are only noted."""
+    from gcrf_triton import kernels as module
+    from gcrf_triton import loss, triton_engine
 
     launches: list[Launch] = []
 
@@ -79,34 +110,31 @@ def record_launches(
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             return lambda *positional, **keywords: launches.append(Launch(self.kernel, grid, positional, keywords))
 
-    names, weights, sigmas = parse_kernels(kernels)
-    n, _, height, width = shape
-    input = torch.empty(*shape, dtype=dtype, device="meta")
-    wide = accumulation_dtype(dtype)
-    features = [
-        torch.empty(n, (channels or {}).get(name, 3), height, width, dtype=wide, device="meta") for name in names
-    ]
-    gate = torch.empty(n, height, width, dtype=wide, device="meta") if gated else None
-    pairs = (features, gate, gate, weights, sigmas, radius)
-    originals = {name: getattr(module, name) for name in ("pack", "sum_tile", "sum_offsets")}
-    find_arch = triton_engine.device_and_arch
-    try:
-        triton_engine.device_and_arch = lambda device: (target, target)
-        for name, kernel in originals.items():
-            setattr(module, name, Recorder(kernel))
-        with contextlib.nullcontext() if config is None else use_config(config):
-            if not tiles:
-                triton_engine._sum_offsets(input.to(wide), *pairs)
-            elif triton_engine.fits(input, shape[1] + (not from_logits), features, sigmas):
-                result = torch.empty_like(input) if gradient else input.new_empty(0)
-                triton_engine.potts_energy(input, *pairs, from_logits, result)
-            else:
-                triton_engine.apply_pairwise([input.to(wide)], *pairs)
-    finally:
-        triton_engine.device_and_arch = find_arch
-        for name, kernel in originals.items():
-            setattr(module, name, kernel)
-    return launches
+    with contextlib.ExitStack() as stack:
+        for name in ("prepare", "pack", "sum_tile", "sum_offsets"):
+            stack.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name))))
+        stack.enter_context(mock.patch.object(triton_engine, "device_and_arch", lambda device: (target, target)))
+        stack.enter_context(mock.patch.object(triton_engine, "unavailable", lambda device: None))
+        for place in (loss, op):
+            stack.enter_context(mock.patch.object(place, "readable", lambda tensor: False))
+        yield launches
+
+
+def specialised(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
+    """Types, constants and attributes of a launch's arguments: what Triton tells compiled kernels apart by."""
+    arguments = dict(zip(launch.kernel.arg_names, launch.positional, strict=False)) | launch.keywords
+    signature: dict[str, Any] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+    for place, parameter in enumerate(launch.kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(place,)] = "constexpr", value
+        elif parameter.do_not_specialize:
+            signature[parameter.name] = _width(value)
+        else:
+            signature[parameter.name] = _type(value, (place,), constants, attributes)
+    return signature, constants, attributes
 
 
 def compile_launch(launch: Launch, target: str) -> Any:
@@ -116,33 +144,27 @@ def compile_launch(launch: Launch, target: str) -> Any:
     from triton.compiler import ASTSource
 
     options = {name: launch.keywords[name] for name in ("num_warps", "num_stages") if name in launch.keywords}
-    names = launch.kernel.arg_names
-    arguments = dict(zip(names, launch.positional, strict=False))
-    arguments |= {name: value for name, value in launch.keywords.items() if name not in options}
-    constant = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
-    signature: dict[str, Any] = {}
-    constants: dict[Any, Any] = {}
-    attributes: dict[Any, Any] = {}
-    for place, name in enumerate(names):
-        value = arguments[name]
-        if name in constant:
-            signature[name], constants[(place,)] = "constexpr", value
-        else:
-            signature[name] = _type(value, (place,), constants, attributes)
     number = target.removeprefix("sm_")
     gpu = (
         GPUTarget("cuda", int(number), 32)
         if number != target
         else GPUTarget("hip", target, 64 - 32 * ("gfx1" in target))
     )
-    return triton.compile(ASTSource(launch.kernel, signature, constants, attributes), target=gpu, options=options)
+    return triton.compile(ASTSource(launch.kernel, *specialised(launch)), target=gpu, options=options)
 
 
 def _type(value: Any, path: tuple[int, ...], constants: dict[Any, Any], attributes: dict[Any, Any]) -> Any:
     # what Triton specialises an argument on: its type, divisibility by 16, and the integer 1
-    names = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    names = {
+        torch.uint8: "u8",
+        torch.float64: "fp64",
+        torch.float32: "fp32",
+        torch.float16: "fp16",
+        torch.bfloat16: "bf16",
+    }
     if isinstance(value, Tensor):
-        attributes[path] = [["tt.divisibility", 16]]
+        if value.data_ptr() % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
         return "*" + names[value.dtype]
     if isinstance(value, tuple):
         return tuple(_type(item, (*path, place), constants, attributes) for place, item in enumerate(value))
@@ -153,6 +175,10 @@ def _type(value: Any, path: tuple[int, ...], constants: dict[Any, Any], attribut
         return "constexpr"
     if value % 16 == 0:
         attributes[path] = [["tt.divisibility", 16]]
+    return _width(value)
+
+
+def _width(value: int) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
@@ -243,7 +269,7 @@ def _transfer_bytes(instruction: str) -> float:
     return 4.0 * int(bits[1]) if bits else 128.0
 
 
-def _executed(text: str, launch: Launch) -> tuple[list[str], list[int], list[bool]]:
+def _executed(text: str, launch: Launch) -> tuple[list[str], list[float], list[bool]]:
     # machine instructions, how often a warp executes each, and whether it is inside the main loop
     instructions: list[str] = []
     labels: dict[str, int] = {}
@@ -261,42 +287,152 @@ def _executed(text: str, launch: Launch) -> tuple[list[str], list[int], list[boo
             else:
                 loops.append((labels[jump[1]], place))
     depths = [sum(first <= place <= last for first, last in loops) for place in range(len(instructions))]
-    trips = _trips(launch, max(depths, default=0))
+    trips = _trips(launch, instructions, loops, depths)
     powers = [place for place, instruction in enumerate(instructions) if instruction.startswith("MUFU.EX2")]
     straight = not loops and launch.kernel.fn.__name__ == "sum_tile" and bool(powers)
     executed = [place for place, instruction in enumerate(instructions) if not instruction.startswith("NOP")]
     return (
         [instructions[place] for place in executed],
-        [trips[depths[place]] for place in executed],
+        [trips[place] for place in executed],
         [powers[0] <= place <= powers[-1] if straight else depths[place] > 0 for place in executed],
     )
 
 
-def _trips(launch: Launch, deepest: int) -> list[int]:
-    # how often what is so many loops deep is executed
-    radius = launch.keywords["RADIUS"]
-    if launch.kernel.fn.__name__ == "sum_offsets":
+def _trips(
+    launch: Launch, instructions: Sequence[str], loops: Sequence[tuple[int, int]], depths: Sequence[int]
+) -> list[float]:
+    # how often each instruction is executed, by how many loops deep it is
+    name, keywords = launch.kernel.fn.__name__, launch.keywords
+    deepest = max(depths, default=0)
+    if name == "sum_offsets":
         # rows and columns of the window, then channels, which compilers write out
-        window = 2 * radius + 1
-        return [1, window, window**2, *[3 * window**2] * (deepest - 2)]
-    if not deepest:
-        return [1]
-    rows, chunks = launch.keywords["TILE_Y"] + 2 * radius, -(-(launch.keywords["TILE_X"] + 2 * radius) // 16)
-    return [1, chunks, chunks * rows] if deepest == 2 else [1, rows]
+        window = 2 * keywords["RADIUS"] + 1
+        by_depth = [1, window, window**2, *[3 * window**2] * (deepest - 2)]
+    elif name == "prepare":
+        arguments = dict(zip(launch.kernel.arg_names, launch.positional, strict=False))
+        steps = -(-arguments["height"] * arguments["width"] // (keywords["PARTS"] * keywords["PIXELS"]))
+        by_depth = [1, steps, *[steps * keywords["COUNT"]] * (deepest - 1)]
+    else:
+        by_depth = [1] * (deepest + 1)
+    trips: list[float] = [by_depth[depth] for depth in depths]
+    if name == "sum_tile" and loops:
+        _walk(trips, keywords, instructions, loops)
+    return trips
+
+
+def _walk(
+    trips: list[float], keywords: Mapping[str, Any], instructions: Sequence[str], loops: Sequence[tuple[int, int]]
+) -> None:
+    # How often the loops of `sum_tile` through the halo run: three of rows in one of chunks, as far as compilers leave
+    # them. What a loop holds is known by its products, so many a step; what is written out leaves it fewer steps.
+    radius, tile_y = keywords["RADIUS"], keywords["TILE_Y"]
+    values = sum(keywords["BLOCKS"]) // 8 * (3 if keywords["SPLIT"] else 1)
+    products = keywords["PIXELS"] // 16 // keywords["num_warps"] or 1
+    products *= 4 * keywords["N_SETS"] + 2 * keywords["GATED"] + values
+    inner = [
+        loop
+        for loop in loops
+        if not any(loop[0] <= other[0] and other[1] <= loop[1] and other != loop for other in loops)
+    ]
+    chunks = -(-(keywords["TILE_X"] + 2 * radius) // 16)
+    outer = [loop for loop in loops if loop not in inner]
+    for first, last in outer:
+        trips[first : last + 1] = [chunks] * (last + 1 - first)
+    held = [sum(each.startswith("HMMA") for each in instructions[first:last]) / products for first, last in inner]
+    rows = [count for count in (radius, tile_y, radius) if count > 1]
+    if len(rows) == len(inner):
+        times = [count / each for count, each in zip(rows, held, strict=True)]
+    else:
+        written_out = sum(instruction.startswith("HMMA") for instruction in instructions) / products - sum(held)
+        left = tile_y + 2 * radius - int(written_out)
+        times = [left / sum(held)] * len(inner)
+    for (first, last), count in zip(inner, times, strict=True):
+        trips[first : last + 1] = [count * (chunks if outer else 1)] * (last + 1 - first)
 
 
 def bytes_per_pixel(launches: Sequence[Launch]) -> dict[str, float]:
-    """Bytes a pixel that the launches move between memory and GPU, counted from the sizes of their tensors."""
-    first = next(launch for launch in launches if launch.kernel.fn.__name__ == "pack")
-    tile = next(launch for launch in launches if launch.kernel.fn.__name__ == "sum_tile")
-    packed = dict(zip(first.kernel.arg_names, first.positional, strict=False))
-    result = dict(zip(tile.kernel.arg_names, tile.positional, strict=False))["result"]
+    """Bytes a pixel that the launches move between memory and GPU, counted from the sizes of their tensors.
+
+    "inputs" and "outputs" of the kernels, the copy of what is constant among both; "record", which is written and read.
+    """
+    arguments = {}
+    for launch in launches:
+        named = dict(zip(launch.kernel.arg_names, launch.positional, strict=False))
+        arguments.setdefault(launch.kernel.fn.__name__, (named, launch.keywords))
+    (first, flags), (packed, keywords), (tile, _) = (arguments[name] for name in ("prepare", "pack", "sum_tile"))
+    pixels = first["height"] * first["width"]
 
     def bytes_of(tensor: Tensor) -> float:
-        return math.prod(tensor.shape[1:]) / math.prod(tensor.shape[-2:]) * tensor.element_size()
+        return math.prod(tensor.shape[1:]) / pixels * tensor.element_size()
 
-    inputs = bytes_of(packed["values"]) + sum(map(bytes_of, packed["features"]))
-    if first.keywords["GATED"]:
-        inputs += 2 * packed["source"].element_size()
-    outputs = bytes_of(result) if result.dim() == 4 else 0.0
-    return {"inputs": inputs, "record": 2.0 * first.keywords["RECORD"], "outputs": outputs}
+    given = [*first["features"], *(first[name] for name in ("source", "destination") if flags[name.upper()])]
+    inputs = [*given, packed["constants"], packed["values"]]
+    outputs = [packed["constants"], *[tile["result"]] * (tile["result"].dim() == 4)]
+    sums = [sum(map(bytes_of, tensors)) for tensors in (inputs, outputs)]
+    return {"inputs": sums[0], "outputs": sums[1], "record": 2.0 * keywords["RECORD"]}
+
+
+@dataclasses.dataclass
+class Operation:
+    """An operation of PyTorch that would launch a kernel on a GPU, and the tensors that it reads and writes."""
+
+    name: str
+    tensors: list[Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations of PyTorch below autograd that would launch a kernel, and what is allocated."""
+
+    ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Operation] = []
+        self.allocated: list[Tensor] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.gcrf_triton.pairwise_energy.default:
+            with self:
+                return op.compute(*args, **kwargs)
+        result = function(*args, **kwargs)
+        name = function.overloadpacket.__name__
+        given, results = (
+            [each for each in tree_leaves(tree) if isinstance(each, Tensor)] for tree in ((args, kwargs), result)
+        )
+        shares = {each.untyped_storage().data_ptr() for each in given}
+        new = [each for each in results if each.untyped_storage().data_ptr() not in shares]
+        self.allocated += new
+        if name not in self.ALLOCATIONS and (new or function._schema.is_mutable):
+            self.found.append(Operation(name, [*given, *new]))
+        return result
+
+
+def record_step(
+    target: str,
+    shape: Sequence[int] = (1, 21, 512, 512),
+    dtype: torch.dtype = torch.float32,
+    gated: bool = False,
+    kernels: Sequence[Mapping[str, float]] = RGB_XY,
+    channels: Mapping[str, int] | None = None,
+    autocast: bool = False,
+    **settings: Any,
+) -> tuple[list[Launch], Operations]:
+    """What one loss and its gradient launch on a GPU: kernels of Triton, and operations of PyTorch."""
+    from gcrf_triton import gated_crf_loss
+    from gcrf_triton.loss import parse_kernels
+
+    n, _, height, width = shape
+    input = torch.zeros(*shape, dtype=dtype, requires_grad=True)
+    names, _, _ = parse_kernels(kernels)
+    features = {name: torch.zeros(n, (channels or {}).get(name, 3), height, width) for name in names}
+    gate = torch.ones(n, height, width, dtype=torch.bool) if gated else None
+    with recorded(target) as launches, Operations() as operations:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = gated_crf_loss(input, features, kernels, source=gate, destination=gate, impl="triton", **settings)
+        torch.autograd.grad(loss, input)
+    return launches, operations

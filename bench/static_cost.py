@@ -30,6 +30,7 @@ from bench.machine_code import (
     bytes_per_pixel,
     count_instructions,
     record_launches,
+    record_step,
 )
 from gcrf_triton import tuning
 from gcrf_triton.loss import parse_kernels
@@ -83,7 +84,7 @@ FIELDS = [
     *(f"{kind}_{place}" for place in ("inside", "outside") for kind in KINDS),
     "instructions",
     *(f"{unit}_clocks" for unit in CLOCKS),
-    *("bound_clocks", "bound_by", "bytes", "bytes_with_records", "unfold_bytes"),
+    *("bound_clocks", "bound_by", "bytes", "bytes_with_records", "unfold_bytes", "launches"),
 ]
 
 
@@ -120,8 +121,14 @@ def rows_of(
     kernels: Sequence[Mapping[str, float]] = RGB_XY,
     **problem: Any,
 ) -> list[dict[str, Any]]:
-    """The rows of one loss and its gradient from logits: one a kernel, and one for all of them together."""
+    """The rows of one loss and its gradient from logits: one a kernel, and one for the whole step.
+
+    The step's clocks are the kernels'; its bytes and launches have those of PyTorch's operations around them too.
+    """
     from gcrf_triton import triton_engine
+
+    given = {name: value for name, value in problem.items() if name in ("channels", "from_logits")}
+    given = {"from_logits": True} | given
 
     problem = {"shape": (1, classes, *SIZE), "dtype": DTYPES[dtype], "radius": radius, "gated": gates} | problem
     launches = record_launches(**problem, kernels=kernels, target=target, config=config)
@@ -135,13 +142,17 @@ def rows_of(
     machine = MACHINES.get(target)
     rows = [case | _code_columns(code, machine) for code in codes]
     if machine and len(codes) > 1:
+        described = {"kernels": kernels, **{name: problem[name] for name in ("shape", "dtype", "gated", "radius")}}
+        step, operations = record_step(target, **described, **given)
+        around = sum(operation.bytes for operation in operations.found) / (n * height * width)
         moved = bytes_per_pixel(launches)
-        least = moved["inputs"] + moved["outputs"]
+        least = moved["inputs"] + moved["outputs"] + around
         # records come back from a cache that holds the workspace
         dram = least if machine.cache * 2**20 > triton_engine.WORKSPACE else least + 2 * moved["record"]
         clocks = unit_clocks(codes, machine) | {"dram": dram / machine.bytes_a_clock}
         together = case | _clock_columns(clocks) | {"kernel": "together", "device": machine.device, "bytes": least}
         together["instructions"] = sum(row["instructions"] for row in rows)
+        together["launches"] = len(step) + len(operations.found)
         together["bytes_with_records"] = least + 2 * moved["record"]
         together["unfold_bytes"] = 4 * max(2 * classes, 3 * 5) * (2 * radius + 1) ** 2  # 3 colours and 2 coordinates
         rows.append(together)
@@ -211,7 +222,8 @@ def _describe(by_kernel: Mapping[str, Sequence[Launch]]) -> str:
     if "sum_tile" not in by_kernel:
         return ""
     pack, tile = by_kernel["pack"][0].keywords, by_kernel["sum_tile"][0].keywords
-    steps = "unrolled" if tile["UNROLL"] else "looped"
+    stages = tile["num_stages"]
+    steps = "unrolled" if tile["UNROLL"] else "looped" if stages == 1 else f"looped {stages} stages"
     return f"{tile['TILE_Y']}x{tile['TILE_X']} pack {pack['PIXELS']} {steps} {tile['num_warps']} warps"
 
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .loss import check_prediction, check_tensor, gated_crf_loss, ordered_sum, parse_kernels
-from .op import accumulation_dtype
+from .loss import check_prediction, check_tensor, gated_crf_loss, parse_kernels
+from .op import accumulation_dtype, ordered_sum
 
 Downsampler = Callable[[Tensor, tuple[int, int]], Tensor]
 OFFICIAL_NAMES = {

@@ -1,4 +1,4 @@
-"""The Triton kernels: pack what a pixel brings into one record, and multiply tiles of pixels by their halo.
+"""The Triton kernels: copy what is constant, pack what a pixel brings into one record, multiply tiles by their halo.
 
 product_i = sum_j S_ij v_j,    S_ij = k_ij (s_j d_i + s_i d_j) / 2    (S_ij = k_ij without gates),    j != i
 k_ij = sum_m 2^(log2 w_m - x_m |i - j|^2 - sum_f (g_f,i - g_f,j)^2)    g_f: feature f times a factor of kernel m
@@ -21,26 +21,137 @@ def _exponent_above(largest):
 
 
 @triton.jit
-def _half_span(span, stride):
-    # of a smallest and a largest value
-    return 0.5 * tl.load(span + stride) - 0.5 * tl.load(span)
+def _is_finite(x):
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit(do_not_specialize=["height", "width", "stride_n", "stride_c", "stride_y", "stride_x"])
+def prepare(
+    features,
+    source,
+    destination,
+    values,
+    constants,
+    summary,
+    height,
+    width,
+    stride_n,
+    stride_c,
+    stride_y,
+    stride_x,
+    FEATURE: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SOURCE: tl.constexpr,
+    DESTINATION: tl.constexpr,
+    COUNT: tl.constexpr,
+    PARTS: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    """Copy features and gates of any dtype as float32, and note how large they are.
+
+    Grid (N, PARTS). A program owns one of PARTS ranges of an image's pixels, PIXELS at a time. It reads channel
+    CHANNEL[k] of features[FEATURE[k]] [N, CHANNELS[k], H, W] and, with SOURCE and DESTINATION, the gates [N, H, W], all
+    contiguous, and writes constants [N, K + 2 if gated, H, W]: the channels (those of uint8 divided by 255), s and d (1
+    for one that is not given).
+
+    Writes summary [N, rows, PARTS]: the smallest and the largest value of every channel where a gate is open and all
+    channels are finite; with gates the largest s, the largest d, and the sum of d (of s without it); with COUNT > 0 the
+    largest finite magnitude of the value columns [N, COUNT, H, W] of any strides and dtype.
+    """
+    GATED: tl.constexpr = SOURCE or DESTINATION
+    K: tl.constexpr = len(CHANNEL)
+    n, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    plane = height.to(tl.int64) * width
+    none = tl.zeros((PIXELS,), tl.float32)
+    lows, highs = (), ()
+    for _channel in tl.static_range(K):
+        lows, highs = lows + (none + float("inf"),), highs + (none - float("inf"),)
+    largest_s, largest_d, total, largest = none, none, none, none
+    share = tl.cdiv(plane, PARTS * PIXELS) * PIXELS
+    for first in range(part * share, tl.minimum((part + 1) * share, plane), PIXELS):
+        pixel = first + tl.arange(0, PIXELS)
+        inside = pixel < plane
+        own = constants + n * (K + 2 * GATED) * plane + pixel
+        finite, copies = inside, ()
+        for k in tl.static_range(K):
+            channel = features[FEATURE[k]] + (n * CHANNELS[k] + CHANNEL[k]) * plane
+            value = tl.load(channel + pixel, mask=inside, other=0).to(tl.float32)
+            if features[FEATURE[k]].dtype.element_ty == tl.uint8:
+                value = tl.div_rn(value, none + 255.0)
+            finite, copies = finite & _is_finite(value), copies + (value,)
+        seen = finite
+        if GATED:
+            s, d = none + 1.0, none + 1.0
+            if SOURCE:
+                s = tl.load(source + n * plane + pixel, mask=inside, other=0).to(tl.float32)
+            if DESTINATION:
+                d = tl.load(destination + n * plane + pixel, mask=inside, other=0).to(tl.float32)
+            total += tl.where(inside, d if DESTINATION else s, 0.0)
+            largest_s = tl.maximum(largest_s, tl.where(inside, s, 0.0))
+            largest_d = tl.maximum(largest_d, tl.where(inside, d, 0.0))
+            tl.store(own + K * plane, s, mask=inside)
+            tl.store(own + (K + 1) * plane, d, mask=inside)
+            seen = finite & ((s != 0) | (d != 0))
+        lower, higher = (), ()
+        for k in tl.static_range(K):
+            lower = lower + (tl.where(seen, tl.minimum(lows[k], copies[k]), lows[k]),)
+            higher = higher + (tl.where(seen, tl.maximum(highs[k], copies[k]), highs[k]),)
+            tl.store(own + k * plane, copies[k], mask=inside)
+        lows, highs = lower, higher
+        if COUNT > 0:
+            y, x = pixel // width, pixel % width
+            column = values + n * stride_n + y * stride_y + x * stride_x
+            for _column in range(COUNT):
+                value = tl.abs(tl.load(column, mask=inside, other=0.0).to(tl.float32))
+                largest = tl.where(_is_finite(value), tl.maximum(largest, value), largest)
+                column += stride_c
+    row = summary + n * (2 * K + 3 * GATED + (COUNT > 0)) * PARTS + part
+    for k in tl.static_range(K):
+        tl.store(row + 2 * k * PARTS, tl.min(lows[k]))
+        tl.store(row + (2 * k + 1) * PARTS, tl.max(highs[k]))
+    row += 2 * K * PARTS
+    if GATED:
+        tl.store(row, tl.max(largest_s))
+        tl.store(row + PARTS, tl.max(largest_d))
+        tl.store(row + 2 * PARTS, tl.sum(total))
+        row += 3 * PARTS
+    if COUNT > 0:
+        tl.store(row, tl.max(largest))
 
 
 @triton.jit
+def _largest(summary, row, PARTS: tl.constexpr):
+    return tl.max(tl.load(summary + row * PARTS + tl.arange(0, PARTS)))
+
+
+@triton.jit
+def _middle(summary, k, PARTS: tl.constexpr):
+    # of the values of channel k, and how far from it they lie; 0 where no gate is open
+    low = tl.min(tl.load(summary + 2 * k * PARTS + tl.arange(0, PARTS)))
+    high = _largest(summary, 2 * k + 1, PARTS)
+    low, high = tl.where(low > high, 0.0, low), tl.where(low > high, 0.0, high)
+    half = 0.5 * high - 0.5 * low
+    return low + half, half
+
+
+SIZES = ["first", "images", "height", "width", "top", "padded_height", "pitch"]
+STRIDES = ["stride_n", "stride_c", "stride_y", "stride_x"]
+
+
+@triton.jit(do_not_specialize=SIZES + STRIDES)
 def pack(
     values,
-    largest_value,
-    features,
-    spans,
-    stride_span,
+    constants,
+    summary,
     factors,
-    source,
-    destination,
-    largest_gates,
     xy,
     records,
     along_y,
     partners,
+    scales,
+    first,
+    images,
     height,
     width,
     top,
@@ -51,13 +162,15 @@ def pack(
     stride_y,
     stride_x,
     COUNT: tl.constexpr,
+    ORDER: tl.constexpr,
+    UNIT: tl.constexpr,
     OFFSET: tl.constexpr,
+    K: tl.constexpr,
     N_SETS: tl.constexpr,
-    FEATURE: tl.constexpr,
     CHANNEL: tl.constexpr,
-    CHANNELS: tl.constexpr,
     LINEAR: tl.constexpr,
     GATED: tl.constexpr,
+    MEAN: tl.constexpr,
     SOFTMAX: tl.constexpr,
     ONES: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -67,18 +180,20 @@ def pack(
     RADIUS: tl.constexpr,
     MARGIN: tl.constexpr,
     ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
     """Write one record a pixel of the padded images: its sets of features, then its values, all as halves.
 
-    Grid (ceil(padded_height pitch / PIXELS), N). A program owns PIXELS pixels of a padded image. It reads the features
-    [N, F, H, W], contiguous, and the value columns [N, COUNT, H, W] of any strides and dtype, and writes records
-    [N, padded_height, pitch, RECORD]. Images lie MARGIN from the left and RADIUS from the top, and the first padded row
-    is RADIUS above row `top` of the image; the values around are 0.
+    Grid (ceil(padded_height 16 pitch / PIXELS), N). A program owns PIXELS pixels of a padded image. It reads the K
+    channels of the constants [images, K + 2 if gated, H, W] and the value columns [images, COUNT, H, W] of any strides
+    and dtype, of N images from the `first`, and writes records [N, padded_height, 16 pitch, RECORD]. Images lie MARGIN
+    from the left and RADIUS from the top, and the first padded row is RADIUS above row `top` of the image; the values
+    around are 0. The width and the strides are given in UNITs; ORDER names the stride that is 1.
 
-    A set g has three features of one kernel: FEATURE and CHANNEL say which (-1: none, 0), `spans` [features, 2, N]
-    between which values they lie, from whose middle they are counted, and `factors` by what they are multiplied. With u
-    a power of two, g = h + l, h a multiple of u, |h| <= 2^10 u, and its 16 slots are
+    A set g has three channels for one kernel: CHANNEL says which (-1: none, 0), the summary between which values they
+    lie, from whose middle they are counted, and `factors` by what they are multiplied. With u a power of two,
+    g = h + l, h a multiple of u, |h| <= 2^10 u, and its 16 slots are
 
         h_0 h_1 h_2 l_0 l_1 l_2 a a' b b' 1024 1 1 l_0 l_1 l_2      |h|^2 = 1024 a + a',  2 h.l + |l|^2 = b + b'
 
@@ -86,31 +201,79 @@ def pack(
     small: |g - g'|^2 comes out as if the differences had been taken first.
 
     A value v, after softmax over its columns if asked, times a power of two is high + low; the factor brings the
-    largest (1 after softmax) up to 2^LARGEST_VALUE. With ONES a column of ones follows, each as 2^LARGEST_VALUE. The
-    record has all high, then, with SPLIT, all low. Before them, with GATED, 16 slots of the gates s and d [N, H, W],
-    contiguous, each scaled below 1: s s' d d' s d 0 ..., where s' is what s lacks as a half. Under two closed gates
-    features are 0.
+    image's largest (1 after softmax) up to 2^LARGEST_VALUE. With ONES a column of ones follows, each as
+    2^LARGEST_VALUE. The record has all high, then, with SPLIT, all low. Before them, with GATED, 16 slots of the gates
+    s and d, each scaled below 1: s s' d d' s d 0 ..., where s' is what s lacks as a half. Under two closed gates
+    features are 0. Where a channel or a value (after softmax) is not finite and a gate is closed, values, features and
+    both gates are 0: the pixel leaves the sum.
 
-    Program (0, 0) also writes, for every kernel, its term along y (as a power of two if it is LINEAR, without
-    features), along_y [kernels, ROWS], with offset 0 at ROWS // 2; and partners [3, 16, 16], which turn a pixel's own
-    slots into what meets those of others: 2 h.h' - |h|^2 - |h'|^2, then 2 l.h' + 2 h.l' + 2 l.l' - b - b', and
-    s d' + d s'.
+    Program (0, n) also writes scales [images, 2]: what undoes the scale of the gates, with MEAN divided by the sum of
+    the gates over all images (at least 1), and, without softmax, what undoes that of the values. Program (0, 0) writes,
+    for every kernel, its term along y (as a power of two if it is LINEAR, without features), along_y [kernels, ROWS],
+    with offset 0 at ROWS // 2; and partners [3, 16, 16], which turn a pixel's own slots into what meets those of
+    others: 2 h.h' - |h|^2 - |h'|^2, then 2 l.h' + 2 h.l' + 2 l.l' - b - b', and s d' + d s'.
     """
-    n = tl.program_id(1).to(tl.int64)
+    ALL: tl.constexpr = 2 * K + 3 * GATED + (not SOFTMAX)  # rows of the summary
+    width, pitch = width * UNIT, pitch * 16
+    image = tl.program_id(1)
+    n = first.to(tl.int64) + image
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     x, y = pixel % pitch - MARGIN, top + pixel // pitch - RADIUS
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     written = (pixel < padded_height * pitch)[:, None]
+    plane = height.to(tl.int64) * width
+    constants += n * (K + 2 * GATED) * plane
     own = y.to(tl.int64) * width + x
-    record = records + n * padded_height * pitch * RECORD + pixel.to(OFFSET)[:, None] * RECORD
+    record = records + image.to(tl.int64) * padded_height * pitch * RECORD + pixel.to(OFFSET)[:, None] * RECORD
+    whole, summary = summary, summary + n * ALL * PARTS
+    high: tl.constexpr = (N_SETS + GATED) * SLOTS
+    low: tl.constexpr = (RECORD + high) // 2
 
-    seen = inside
+    s, d, closed, finite = 0.0, 0.0, inside & (x < 0), inside
     if GATED:
-        s = tl.load(source + n * height * width + own, mask=inside, other=0.0)
-        d = tl.load(destination + n * height * width + own, mask=inside, other=0.0)
+        s = tl.load(constants + K * plane + own, mask=inside, other=0.0)
+        d = tl.load(constants + (K + 1) * plane + own, mask=inside, other=0.0)
+        closed = inside & ((s == 0) | (d == 0))
+        for k in tl.static_range(K):
+            finite = finite & _is_finite(tl.load(constants + k * plane + own, mask=inside, other=0.0))
+    column, row = _stride(stride_c, UNIT, ORDER == "channels"), _stride(stride_y, UNIT, False)
+    start = values + n * stride_n * UNIT
+    start += (y.to(OFFSET) * row + x.to(OFFSET) * _stride(stride_x, UNIT, ORDER == "columns"))[:, None]
+    columns = ()
+    for b in tl.static_range(len(BLOCKS)):
+        c = (tl.arange(0, BLOCKS[b]) + FIRST[b])[None, :]
+        mask = inside[:, None] & (c < COUNT)
+        value = tl.load(start + c.to(OFFSET) * column, mask=mask, other=0.0).to(tl.float32)
+        if GATED and not SOFTMAX:
+            finite = finite & (tl.sum(value * 0.0, axis=1) == 0)
+        columns = columns + (tl.where(c < COUNT, value, float("-inf")) if SOFTMAX else value,)
+    value_exponent = 0.0
+    if SOFTMAX:
+        columns, total = _softmax(columns, tl.where(inside, 2.0**LARGEST_VALUE, 0.0))
+        finite = finite & _is_finite(total)
+    else:
+        value_exponent = _exponent_above(_largest(summary, ALL - 1, PARTS))
+    hidden = closed & (finite == 0)
+    for b in tl.static_range(len(BLOCKS)):
+        c = (tl.arange(0, BLOCKS[b]) + FIRST[b])[None, :]
+        value = columns[b] if SOFTMAX else columns[b] * tl.exp2(-value_exponent + LARGEST_VALUE)
+        if GATED:
+            value = tl.where(hidden[:, None], 0.0, value)
+        if ONES:
+            value = tl.where(c == COUNT, tl.where(inside, 2.0**LARGEST_VALUE, 0.0)[:, None], value)
+        value_high = value.to(tl.float16)
+        tl.store(record + (c + high), value_high, mask=written)
+        if SPLIT:
+            tl.store(record + (c + low), (value - value_high.to(tl.float32)).to(tl.float16), mask=written)
+
+    seen, gate_scale = inside, 1.0
+    if GATED:
+        s, d = tl.where(hidden, 0.0, s), tl.where(hidden, 0.0, d)
         seen = inside & ((s != 0) | (d != 0))
-        s *= tl.exp2(-_exponent_above(tl.load(largest_gates)))
-        d *= tl.exp2(-_exponent_above(tl.load(largest_gates + 1)))
+        exponent_s = _exponent_above(_largest(summary, 2 * K, PARTS))
+        exponent_d = _exponent_above(_largest(summary, 2 * K + 1, PARTS))
+        gate_scale = tl.exp2(exponent_s + exponent_d)
+        s, d = s * tl.exp2(-exponent_s), d * tl.exp2(-exponent_d)
         s_high, d_high = s.to(tl.float16), d.to(tl.float16)
         s_low, d_low = (s - s_high.to(tl.float32)).to(tl.float16), (d - d_high.to(tl.float32)).to(tl.float16)
         none = tl.zeros((PIXELS,), tl.float16)
@@ -120,29 +283,27 @@ def pack(
         )  # fmt: skip
         tl.store(record + N_SETS * SLOTS + tl.arange(0, SLOTS)[None, :], slots, mask=written)
 
-    spans += n
-    for k in tl.static_range(N_SETS):
+    for g in tl.static_range(N_SETS):
         bound = 0.0
-        for f in tl.static_range(3 * k, 3 * k + 3):
-            if FEATURE[f] >= 0:
-                bound = tl.maximum(_half_span(spans + 2 * FEATURE[f] * stride_span, stride_span) * factors[f], bound)
+        for k in tl.static_range(3 * g, 3 * g + 3):
+            if CHANNEL[k] >= 0:
+                _, half = _middle(summary, CHANNEL[k], PARTS)
+                bound = tl.maximum(half * factors[k], bound)
         unit_exponent = tl.minimum(tl.maximum(_exponent_above(bound) - 10, -8.0), 2.0)
         unit, units = tl.exp2(unit_exponent), tl.exp2(-unit_exponent)
         coarse, fine = (), ()
         norm, rest = tl.zeros((PIXELS,), tl.float32), tl.zeros((PIXELS,), tl.float32)
-        for f in tl.static_range(3 * k, 3 * k + 3):
-            g = tl.zeros((PIXELS,), tl.float32)
-            if FEATURE[f] >= 0:
-                channel = features[FEATURE[f]] + (n * CHANNELS[FEATURE[f]] + CHANNEL[f]) * height * width
-                span = spans + 2 * FEATURE[f] * stride_span
-                centre = tl.load(span) + _half_span(span, stride_span)
-                g = (tl.load(channel + own, mask=inside, other=0.0) - centre) * factors[f]
-                g = tl.where(seen, g, 0.0)
-            h = ((g * units + 12582912.0) - 12582912.0) * unit  # 1.5 2^23 rounds to whole numbers
-            half = (g - h).to(tl.float16)
-            coarse, fine = coarse + (h.to(tl.float16),), fine + (half,)
+        for k in tl.static_range(3 * g, 3 * g + 3):
+            feature = tl.zeros((PIXELS,), tl.float32)
+            if CHANNEL[k] >= 0:
+                middle, _ = _middle(summary, CHANNEL[k], PARTS)
+                feature = tl.load(constants + CHANNEL[k] * plane + own, mask=inside, other=0.0)
+                feature = tl.where(seen, (feature - middle) * factors[k], 0.0)
+            h = ((feature * units + 12582912.0) - 12582912.0) * unit  # 1.5 2^23 rounds to whole numbers
+            half_precise = (feature - h).to(tl.float16)
+            coarse, fine = coarse + (h.to(tl.float16),), fine + (half_precise,)
             norm += h * h
-            rest += (2 * h + half.to(tl.float32)) * half.to(tl.float32)
+            rest += (2 * h + half_precise.to(tl.float32)) * half_precise.to(tl.float32)
         one = tl.full((PIXELS,), 1.0, tl.float16)
         norm_high = (norm * (1 / NORM)).to(tl.float16)
         norm_low = (norm - norm_high.to(tl.float32) * NORM).to(tl.float16)
@@ -152,43 +313,34 @@ def pack(
             coarse[0], coarse[1], coarse[2], fine[0], fine[1], fine[2], norm_high, norm_low,
             rest_high, rest_low, one * NORM, one, one, fine[0], fine[1], fine[2], PIXELS,
         )  # fmt: skip
-        tl.store(record + k * SLOTS + tl.arange(0, SLOTS)[None, :], slots, mask=written)
+        tl.store(record + g * SLOTS + tl.arange(0, SLOTS)[None, :], slots, mask=written)
 
-    start = values + n * stride_n + (y.to(OFFSET) * stride_y + x.to(OFFSET) * stride_x)[:, None]
-    columns = ()
-    for b in tl.static_range(len(BLOCKS)):
-        c = (tl.arange(0, BLOCKS[b]) + FIRST[b])[None, :]
-        mask = inside[:, None] & (c < COUNT)
-        value = tl.load(start + c.to(OFFSET) * stride_c, mask=mask, other=0.0).to(tl.float32)
-        columns = columns + (tl.where(c < COUNT, value, float("-inf")) if SOFTMAX else value,)
-    if SOFTMAX:
-        scale = tl.where(inside, 2.0**LARGEST_VALUE, 0.0)
-        columns = _softmax(columns, scale)
-    else:
-        scale = tl.exp2(-_exponent_above(tl.load(largest_value)) + LARGEST_VALUE)
-    high: tl.constexpr = (N_SETS + GATED) * SLOTS
-    low: tl.constexpr = (RECORD + high) // 2
-    for b in tl.static_range(len(BLOCKS)):
-        c = (tl.arange(0, BLOCKS[b]) + FIRST[b])[None, :]
-        value = columns[b] if SOFTMAX else columns[b] * scale
-        if ONES:
-            value = tl.where(c == COUNT, tl.where(inside, 2.0**LARGEST_VALUE, 0.0)[:, None], value)
-        value_high = value.to(tl.float16)
-        tl.store(record + (c + high), value_high, mask=written)
-        if SPLIT:
-            tl.store(record + (c + low), (value - value_high.to(tl.float32)).to(tl.float16), mask=written)
+    if tl.program_id(0) == 0:
+        if GATED and MEAN:
+            mass = 0.0
+            for other in range(images):
+                sums = tl.load(whole + (other * ALL + 2 * K + 2) * PARTS + tl.arange(0, PARTS))
+                mass += tl.sum(sums)
+            gate_scale /= tl.maximum(mass, 1.0)
+        tl.store(scales + 2 * n, gate_scale)
+        if not SOFTMAX:
+            tl.store(scales + 2 * n + 1, tl.exp2(value_exponent - LARGEST_VALUE))
+        if tl.program_id(1) == 0:
+            offset = tl.arange(0, ROWS) - ROWS // 2
+            for m in tl.static_range(len(LINEAR)):
+                term = tl.where(tl.abs(offset) <= RADIUS, -xy[m] * (offset * offset).to(tl.float32), float("-inf"))
+                tl.store(along_y + m * ROWS + tl.arange(0, ROWS), tl.exp2(term) if LINEAR[m] else term)
+            _write_partners(partners)
 
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        offset = tl.arange(0, ROWS) - ROWS // 2
-        for m in tl.static_range(len(LINEAR)):
-            term = tl.where(tl.abs(offset) <= RADIUS, -xy[m] * (offset * offset).to(tl.float32), float("-inf"))
-            tl.store(along_y + m * ROWS + tl.arange(0, ROWS), tl.exp2(term) if LINEAR[m] else term)
-        _write_partners(partners)
+
+@triton.jit
+def _stride(stride, UNIT: tl.constexpr, ONE: tl.constexpr):
+    return 1 if ONE else stride * UNIT
 
 
 @triton.jit
 def _softmax(columns, scale):
-    # softmax over the columns [PIXELS, ...] of all blocks, times a scale [PIXELS]
+    # softmax over the columns [PIXELS, ...] of all blocks, times a scale [PIXELS], and what divides it, finite if it is
     largest = tl.max(columns[0], axis=1)
     for b in tl.static_range(1, len(columns)):
         largest = tl.maximum(largest, tl.max(columns[b], axis=1))
@@ -200,7 +352,7 @@ def _softmax(columns, scale):
     results = ()
     for b in tl.static_range(len(columns)):
         results = results + (powers[b] * (scale / total)[:, None],)
-    return results
+    return results, total
 
 
 @triton.jit
@@ -234,28 +386,32 @@ def _write_partners(partners):
     tl.store(partners + place, tl.where(slot[:, None] == partner[None, :], factor[None, :], 0.0).to(tl.float16))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "height", "width", "top", "padded_height", "pitch", "tiles_y", *STRIDES])
 def sum_tile(
     records,
-    largest_value,
-    largest_gates,
     along_y,
     partners,
+    scales,
     result,
     energies,
     log2_weights,
     xy,
     kernel_scale,
+    result_scale,
+    first,
     height,
     width,
     top,
     padded_height,
     pitch,
+    tiles_y,
     stride_n,
     stride_c,
     stride_y,
     stride_x,
     COUNT: tl.constexpr,
+    ORDER: tl.constexpr,
+    UNIT: tl.constexpr,
     OFFSET: tl.constexpr,
     MODE: tl.constexpr,
     RESULT: tl.constexpr,
@@ -285,19 +441,22 @@ def sum_tile(
     Writes the product G = S p (MODE "product"); or an energy a program and, with RESULT, the gradient: of
     sum_i (S 1)_i - p_i.G_i by p ("probabilities"), of sum_i p_i.(1 - I) G_i by the logits of p ("logits"). The latter
     is taken apart into terms that do not cancel where pixels agree: with t the largest of G_i, into the sum of all
-    others and m = p_i.(t - G_i); its gradient is 2 p_i (t - G_i - m). The result [N, COUNT, H, W] has any strides and
-    dtype.
+    others and m = p_i.(t - G_i); its gradient is 2 p_i (t - G_i - m). The result [images, COUNT, H, W], times
+    `result_scale`, has any strides (in UNITs, as the width; ORDER names the one that is 1) and dtype. Programs have the
+    N images from the `first`; energies are [images, tiles_y, tiles along x].
     """
+    width, pitch = width * UNIT, pitch * 16
     x0, row0 = tl.program_id(0) * TILE_X, tl.program_id(1) * TILE_Y
     y0 = top + row0
-    n = tl.program_id(2).to(tl.int64)
+    image = tl.program_id(2).to(tl.int64)
+    n = first + image
     pixel = tl.arange(0, PIXELS)
     py, px = pixel // TILE_X, pixel % TILE_X
     key, slot = tl.arange(0, KEYS), tl.arange(0, SLOTS)
     line = pitch.to(tl.int64)
-    first = (n * padded_height + row0) * line + (x0 + MARGIN - RADIUS)  # upper left of the halo
+    corner = (image * padded_height + row0) * line + (x0 + MARGIN - RADIUS)  # upper left of the halo
     own = (py + RADIUS).to(OFFSET) * pitch + (px + RADIUS)
-    records += first * RECORD
+    records += corner * RECORD
     high: tl.constexpr = (N_SETS + GATED) * SLOTS
     low: tl.constexpr = (RECORD + high) // 2
 
@@ -327,23 +486,29 @@ def sum_tile(
     else:
         for chunk in range(0, TILE_X + 2 * RADIUS, KEYS):
             along_x = _along_x(log2_weights, xy, key + (chunk - RADIUS), px, SETS, RADIUS)
-            for row in range(TILE_Y + 2 * RADIUS):
-                sums = _sum_row(
-                    sums, row, records + chunk * RECORD + row * line * RECORD, along_y, along_x, coarse, fine, gate,
-                    key + (chunk - RADIUS), px, py, SETS, FIRST_SET, N_SETS, GATED, SPLIT, True, BLOCKS, FIRST, RECORD,
-                    RADIUS, ROWS,
-                )  # fmt: skip
+            for part in tl.static_range(3):  # the rows above the tile, its own, and those below
+                for row in range(
+                    RADIUS * (part > 0) + TILE_Y * (part > 1),
+                    RADIUS + TILE_Y * (part > 0) + RADIUS * (part > 1),
+                ):
+                    sums = _sum_row(
+                        sums, row, records + chunk * RECORD + row * line * RECORD, along_y, along_x, coarse, fine, gate,
+                        key + (chunk - RADIUS), px, py, SETS, FIRST_SET, N_SETS, GATED, SPLIT, part == 1, BLOCKS, FIRST,
+                        RECORD, RADIUS, ROWS,
+                    )  # fmt: skip
 
     inside = (py < TILE_Y) & (y0 + py < height) & (x0 + px < width)
-    result += n * stride_n + y0.to(tl.int64) * stride_y + x0.to(tl.int64) * stride_x
-    place = (py.to(OFFSET) * stride_y + px.to(OFFSET) * stride_x)[:, None]
-    # back to the units of the caller: of a value, of a sum of kernels, and of one of kernels times values
+    column, right = _stride(stride_c, UNIT, ORDER == "channels"), _stride(stride_x, UNIT, ORDER == "columns")
+    down = _stride(stride_y, UNIT, False)
+    result += n * stride_n * UNIT + y0.to(tl.int64) * down + x0.to(tl.int64) * right
+    place = (py.to(OFFSET) * down + px.to(OFFSET) * right)[:, None]
+    # back to the units of the caller: of a value, and of a sum of kernels
     value_scale = 2.0**-LARGEST_VALUE
     if MODE != "logits":
-        value_scale = tl.exp2(_exponent_above(tl.load(largest_value)) - LARGEST_VALUE)
+        value_scale = tl.load(scales + 2 * n + 1)
     if GATED:
-        kernel_scale *= tl.exp2(_exponent_above(tl.load(largest_gates)) + _exponent_above(tl.load(largest_gates + 1)))
-    scale = kernel_scale * value_scale
+        kernel_scale *= tl.load(scales + 2 * n)
+    scale = kernel_scale * value_scale * result_scale
     mean, largest, mine = None, None, ()
     if MODE != "product":
         energy = tl.zeros((PIXELS,), tl.float32)
@@ -365,8 +530,8 @@ def sum_tile(
                 energy += tl.sum(tl.where(c < COUNT, -p * (sums[b] * value_scale), mass), axis=1)
         if MODE == "logits":
             energy = (energy + mean) * value_scale
-        program = (n * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(energies + program, tl.sum(tl.where(inside, energy * kernel_scale, 0.0)))
+        tile = (n * tiles_y + top // TILE_Y + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(energies + tile, tl.sum(tl.where(inside, energy * kernel_scale, 0.0)))
     if RESULT:
         for b in tl.static_range(len(BLOCKS)):
             c = (tl.arange(0, BLOCKS[b]) + FIRST[b])[None, :]
@@ -376,7 +541,7 @@ def sum_tile(
                 value = sums[b] * (scale * -2)
             else:
                 value = (mine[b] * (scale * 2)) * ((largest[:, None] - sums[b]) - mean[:, None])
-            tl.store(result + place + c.to(OFFSET) * stride_c, value, mask=inside[:, None] & (c < COUNT))
+            tl.store(result + place + c.to(OFFSET) * column, value, mask=inside[:, None] & (c < COUNT))
 
 
 @triton.jit

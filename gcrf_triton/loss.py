@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from .op import accumulation_dtype, area_average, check_impl, pairwise_energy
+from .op import accumulation_dtype, area_average, check_impl, ordered_sum, pairwise_energy, prepare, readable
 
 Kernel = Mapping[str, float]
 Reduction = Literal["mean", "sum", "none"]
@@ -96,16 +96,12 @@ def gated_crf_loss(
     source = _prepare_gate("source", source, input)
     destination = _prepare_gate("destination", destination, input)
     mu = _prepare_compatibility(compatibility, input)
-    denominator = _denominator(source, destination, input) if reduction == "mean" else None
-    if source is not None or destination is not None:
-        input, guides, source, destination = _hide_closed(input, guides, source, destination, from_logits)
     if reduction == "none":
         return _energies(input, guides, source, destination, mu, from_logits, weights, sigmas, radius, impl)
-    with_gradient = torch.is_grad_enabled() and input.requires_grad
-    energy, _ = pairwise_energy(
-        input, guides, source, destination, mu, from_logits, weights, sigmas, radius, with_gradient, impl
-    )
-    return energy if denominator is None else energy / denominator
+    mean, with_gradient = reduction == "mean", torch.is_grad_enabled() and input.requires_grad
+    return pairwise_energy(
+        input, guides, source, destination, mu, from_logits, weights, sigmas, radius, mean, with_gradient, impl
+    )[0]
 
 
 class GatedCRFLoss(torch.nn.Module):
@@ -191,7 +187,7 @@ def partial_cross_entropy(
         _check_values("weight", weight)
     labels = labels.long()
     labelled = labels != ignore_index
-    if _readable(labels):
+    if readable(labels):
         wrong = labels[labelled & ((labels < 0) | (labels >= classes))]
         if wrong.numel():
             found = wrong.unique().tolist()[:8]
@@ -219,11 +215,13 @@ def _energies(
     impl: str,
 ) -> Tensor:
     # e_i = d_i (sum_j k_ij s_j - p_i . sum_j k_ij s_j p_j) [N, H, W]: the ungated operator on the columns [s p | s]
+    _, input, features, source, destination = prepare(input, features, source, destination, from_logits)
     dtype, classes = accumulation_dtype(input.dtype), input.shape[1]
     probabilities = torch.softmax(input, dim=1, dtype=dtype) if from_logits else input.to(dtype)
     mass = torch.ones_like(probabilities[:, :1]) if source is None else source[:, None]
     columns = torch.cat([probabilities * mass, mass], dim=1)
-    _, gradient = pairwise_energy(columns, features, None, None, None, False, weights, sigmas, radius, True, impl)
+    pairs = (features, None, None, None, False, weights, sigmas, radius)
+    _, gradient, _ = pairwise_energy(columns, *pairs, False, True, impl)
     sums = -0.5 * gradient
     if mu is None and from_logits:
         # softmax sums to 1, so 1 - p_i . p_j = p_i^T (1 - I) p_j: a sum of positive terms, exact where pixels agree
@@ -234,40 +232,6 @@ def _energies(
         towards = torch.stack([(row[:, None, None] * sums[:, :-1]).sum(1) for row in mu], dim=1)
         energies = (probabilities * towards).sum(1)
     return energies if destination is None else destination * energies
-
-
-def _hide_closed(
-    input: Tensor, features: list[Tensor], source: Tensor | None, destination: Tensor | None, from_logits: bool
-) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor | None]:
-    # A pixel under a closed gate whose prediction or features are not finite leaves the sum; its values become 0.
-    dtype, values = accumulation_dtype(input.dtype), input.detach()
-    # a sum is finite only if all its terms are
-    if _readable(values) and all(tensor.sum(dtype=dtype).isfinite() for tensor in (values, *features)):
-        return input, features, source, destination
-    open_gate = torch.ones_like(values[:, 0], dtype=dtype)
-    source = open_gate if source is None else source
-    destination = open_gate if destination is None else destination
-    finite = values.amax(1).isfinite() if from_logits else values.isfinite().all(1)  # a logit of -inf is a 0
-    for feature in features:
-        finite = finite & feature.isfinite().all(1)
-    hidden = ~finite & ((source == 0) | (destination == 0))  # [N, H, W]
-    columns = hidden[:, None]
-    return (
-        input.masked_fill(columns, 0),
-        [feature.masked_fill(columns, 0) for feature in features],
-        source.masked_fill(hidden, 0),
-        destination.masked_fill(hidden, 0),
-    )
-
-
-def _denominator(source: Tensor | None, destination: Tensor | None, input: Tensor) -> Tensor | int:
-    gate = source if destination is None else destination
-    return max(input[:, 0].numel(), 1) if gate is None else ordered_sum(gate).clamp(min=1)
-
-
-def ordered_sum(values: Tensor) -> Tensor:
-    """Sum [N, H, W] dimension by dimension: the same bits on any number of threads."""
-    return values.sum(2).sum(1).sum()
 
 
 def _check_settings(
@@ -321,10 +285,10 @@ def _prepare_feature(name: str, feature: Tensor, input: Tensor) -> Tensor:
             f"{name}: expected [{input.shape[0]}, F, h, w] with h >= {height} and w >= {width} for an input of "
             f"{_shape(input)}, got {_shape(feature)}"
         )
-    scaled = feature.to(accumulation_dtype(input.dtype), copy=True)  # saved for backward: later changes do not reach it
-    if feature.dtype == torch.uint8:
-        scaled = scaled / 255
-    return scaled if feature.shape[2:] == input.shape[2:] else area_average(scaled, height, width)
+    if feature.shape[2:] == input.shape[2:]:
+        return feature
+    scaled = feature.to(accumulation_dtype(input.dtype))
+    return area_average(scaled / 255 if feature.dtype == torch.uint8 else scaled, height, width)
 
 
 def _prepare_gate(name: str, gate: Tensor | None, input: Tensor) -> Tensor | None:
@@ -339,7 +303,7 @@ def _prepare_gate(name: str, gate: Tensor | None, input: Tensor) -> Tensor | Non
     n, _, height, width = input.shape
     if gate.shape not in ((n, height, width), (n, 1, height, width)):
         raise ValueError(f"{name}: expected [{n}, {height}, {width}], with or without a channel, got {_shape(gate)}")
-    gate = gate.reshape(n, height, width).to(accumulation_dtype(input.dtype), copy=True)  # changes do not reach it
+    gate = gate.reshape(n, height, width)
     _check_values(name, gate)
     return gate
 
@@ -362,7 +326,7 @@ def _check_compatibility(mu: Tensor, device: torch.device | None = None) -> None
     if mu.is_complex():
         raise TypeError(f"compatibility: expected real values, got {mu.dtype}")
     _check_values("compatibility", mu)
-    if _readable(mu) and mu.diagonal().any():
+    if readable(mu) and mu.diagonal().any():
         raise ValueError(f"compatibility: expected a zero diagonal, got {mu.diagonal().tolist()}")
 
 
@@ -380,7 +344,7 @@ def _warn_of_misunderstanding(input: Tensor, from_logits: bool) -> None:
         warnings.warn(
             "input: expected logits of classes, got one, of which softmax makes 1: the loss is 0", stacklevel=3
         )
-    elif not from_logits and _readable(input) and input.numel():
+    elif not from_logits and readable(input) and input.numel():
         lowest, highest = input.detach().aminmax()
         if lowest < -TOLERANCE or highest > 1 + TOLERANCE:
             found = f"{lowest.item():g} to {highest.item():g}"
@@ -389,7 +353,7 @@ def _warn_of_misunderstanding(input: Tensor, from_logits: bool) -> None:
 
 def _check_values(name: str, tensor: Tensor) -> None:
     # finite and not negative
-    if _readable(tensor) and (wrong := ~((tensor >= 0) & tensor.isfinite())).any():
+    if readable(tensor) and (wrong := ~((tensor >= 0) & tensor.isfinite())).any():
         raise ValueError(f"{name}: expected finite values >= 0, got {tensor[wrong][0].item()}")
 
 
@@ -408,12 +372,6 @@ def check_tensor(name: str, tensor: Tensor, form: str, dim: int, device: torch.d
 def _check_constant(name: str, tensor: Tensor) -> None:
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: expected a constant, got one that requires grad and would get none: pass .detach()")
-
-
-def _readable(tensor: Tensor) -> bool:
-    # values are there to be looked at, without waiting for a device or breaking a graph
-    ordinary = type(tensor) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
-    return tensor.device.type == "cpu" and ordinary and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 def _shape(tensor: Tensor) -> list[int]:

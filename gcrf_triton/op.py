@@ -9,7 +9,8 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,12 +50,18 @@ def select_engine(impl: str, device: torch.device) -> str:
 
 
 def _triton_unavailable(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_is_installed():
         return "Triton is not installed (pip install triton; it exists for Linux)"
     return _triton_engine().unavailable(device)
 
 
-def _triton_engine():
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _triton_engine() -> Any:
     return importlib.import_module(".triton_engine", __package__)  # late, as Triton need not be there
 
 
@@ -63,7 +70,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op("gcrf_triton::pairwise_energy", mutates_args=())
+_library = torch.library.Library("gcrf_triton", "FRAGMENT")
+_library.define(
+    "pairwise_energy(Tensor input, Tensor[] features, Tensor? source, Tensor? destination, Tensor? compatibility, "
+    "bool from_logits, float[] weights, float[] sigmas, int radius, bool mean, bool with_gradient, str impl) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+
+
 def pairwise_energy(
     input: Tensor,
     features: Sequence[Tensor],
@@ -74,49 +88,154 @@ def pairwise_energy(
     weights: Sequence[float],
     sigmas: Sequence[float],
     radius: int,
+    mean: bool,
     with_gradient: bool,
     impl: str,
-) -> tuple[Tensor, Tensor]:
-    """Energy of all pairs of a local window, and its gradient.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Energy of all pairs of a local window, its gradient, and a copy of what is constant.
 
-        energy   = sum_ij d_i s_j k_ij (1 - p_i . p_j)      (p_i^T mu p_j with a compatibility matrix mu)
-        gradient = d energy / d p                           (-sum_j k_ij (s_j d_i + s_i d_j) p_j without one)
+        energy   = 1/D sum_ij d_i s_j k_ij (1 - p_i . p_j)      (p_i^T mu p_j with a compatibility matrix mu)
+        gradient = d energy / d p                               (-1/D sum_j k_ij (s_j d_i + s_i d_j) p_j without one)
 
     From logits z, p is their softmax and the gradient is that by z. Else it is linear in p with a symmetric operator,
-    so that its own gradient is that operator again.
+    so that its own gradient is that operator again. Where a prediction or a feature is not finite under a closed gate,
+    its pixel leaves the sum, but not D.
 
     Args:
         input: p or z [N, C, H, W].
-        features, source, destination, weights, sigmas, radius: as for `torch_engine.apply_pairwise`; one gate will do.
+        features: [N, F, H, W] each, floating or uint8, which is scaled to [0, 1].
+        source, destination: gates s and d [N, H, W] of any real dtype; one that is not given is 1.
+        weights, sigmas, radius: as for `torch_engine.apply_pairwise`.
         compatibility: mu [C, C], used as it is.
+        mean: D is the sum of d, of s if only that is given, else N H W, and at least 1; without `mean` it is 1.
         with_gradient: False leaves the gradient empty and saves its work.
         impl: as for `select_engine`.
 
     Returns:
-        A scalar in the accumulation dtype, and [N, C, H, W] in the dtype and memory format of the input (in float32
-        where float16 might not hold it). Differentiable in `input` any number of times.
+        A scalar in the accumulation dtype; [N, C, H, W] in the dtype and memory format of the input, but in float32
+        where float16 might not hold it, and of a mean in float16 times N H W, as it would fall below float16's range;
+        and what further derivatives need, the features and with gates both of them, [N, K, H, W] in the accumulation
+        dtype. Differentiable in `input` any number of times.
     """
-    gated = source is not None or destination is not None
-    gradient = _empty_gradient(input, gated, weights, radius, with_gradient)
-    if select_engine(impl, input.device) == "triton":
-        engine = _triton_engine()
-        if gated:
-            ones = torch.ones_like(input[:, 0], dtype=accumulation_dtype(input.dtype))
+    return torch.ops.gcrf_triton.pairwise_energy.default(
+        input, features, source, destination, compatibility, from_logits, weights, sigmas, radius, mean, with_gradient,
+        impl,
+    )  # fmt: skip
+
+
+def compute(
+    input: Tensor,
+    features: Sequence[Tensor],
+    source: Tensor | None,
+    destination: Tensor | None,
+    compatibility: Tensor | None,
+    from_logits: bool,
+    weights: Sequence[float],
+    sigmas: Sequence[float],
+    radius: int,
+    mean: bool,
+    with_gradient: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`pairwise_energy`, below autograd."""
+    gradient = _empty_gradient(input, source, destination, weights, radius, mean, with_gradient)
+    unit = float(_pixels(input)) if mean and gradient.dtype == torch.float16 else 1.0
+    radius = min(radius, max(*input.shape[2:], 1) - 1)
+    factor = 1 / max(_pixels(input), 1) if mean and source is None and destination is None else 1.0
+    engine = _triton_engine() if select_engine(impl, input.device) == "triton" else None
+    columns = input.shape[1] + (not from_logits)
+    tiles = engine and compatibility is None and radius and input.numel()
+    if engine and tiles and engine.fits(input, columns, features, sigmas):
+        scaled = [factor * weight for weight in weights]
+        energy, constants = engine.potts_energy(
+            input, features, source, destination, scaled, sigmas, radius, mean, from_logits, gradient, unit
+        )
+        return energy, gradient, constants
+
+    inverse = inverse_mass(source, destination, input) if mean else None
+    constants, input, features, source, destination = prepare(input, features, source, destination, from_logits)
+    if inverse is not None and readable(inverse):
+        factor = inverse.item()
+    elif inverse is not None and compatibility is not None:
+        compatibility = inverse * compatibility
+    elif inverse is not None and destination is not None:
+        destination = inverse * destination
+    elif inverse is not None and source is not None:
+        source = inverse * source
+    energy = input.new_zeros((), dtype=accumulation_dtype(input.dtype))
+    if engine:
+        if source is not None or destination is not None:
+            ones = torch.ones_like(input[:, 0], dtype=energy.dtype)
             source, destination = (ones if gate is None else gate for gate in (source, destination))
         pairs = (features, source, destination, weights, sigmas, radius)
-        if compatibility is None and engine.fits(input, input.shape[1] + (not from_logits), features, sigmas):
-            return engine.potts_energy(input, *pairs, from_logits, gradient), gradient
-        return _assemble(engine.apply_pairwise, input, *pairs, compatibility, from_logits, gradient), gradient
+        energy += _assemble(engine.apply_pairwise, input, *pairs, compatibility, from_logits, gradient, factor * unit)
+        return energy / unit, gradient, constants
     pace = torch_engine.Pace(input.device, torch.get_num_threads())
     apply = functools.partial(torch_engine.apply_pairwise, pace=pace)
-    energy = input.new_zeros((), dtype=accumulation_dtype(input.dtype))
     with torch_engine.limit_threads(input.device):
         for few in _groups(*input.shape):
             some = [feature[few] for feature in features]
             s, d = (gate if gate is None else gate[few] for gate in (source, destination))
             pairs = (some, s, d, weights, sigmas, radius)
-            energy += _assemble(apply, input[few], *pairs, compatibility, from_logits, gradient[few], pace.lead)
-    return energy, gradient
+            energy += _assemble(
+                apply, input[few], *pairs, compatibility, from_logits, gradient[few], factor * unit, pace.lead
+            )
+    return energy / unit, gradient, constants
+
+
+def _pixels(input: Tensor) -> int:
+    return input.shape[0] * input.shape[2] * input.shape[3]
+
+
+def inverse_mass(source: Tensor | None, destination: Tensor | None, input: Tensor) -> Tensor | None:
+    """1 / D of a mean with gates."""
+    gate = source if destination is None else destination
+    return None if gate is None else 1 / ordered_sum(gate.to(accumulation_dtype(input.dtype))).clamp(min=1)
+
+
+def ordered_sum(values: Tensor) -> Tensor:
+    """Sum [N, H, W] dimension by dimension: the same bits on any number of threads."""
+    return values.sum(2).sum(1).sum()
+
+
+def prepare(
+    input: Tensor, features: Sequence[Tensor], source: Tensor | None, destination: Tensor | None, from_logits: bool
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None, Tensor | None]:
+    """What the operator is made of, with PyTorch alone, for what Triton's tiles cannot do.
+
+    Returns the constants [N, K, H, W]: a copy of the channels of all features and, with any gate, of both gates, in the
+    accumulation dtype; and, where nothing leaves the sum views of them, the input, the features and the given gates.
+    """
+    dtype = accumulation_dtype(input.dtype)
+    copies = [input.new_empty(input.shape[0], 0, *input.shape[2:], dtype=dtype)]
+    copies += [feature.to(dtype) / 255 if feature.dtype == torch.uint8 else feature.to(dtype) for feature in features]
+    if source is not None or destination is not None:
+        open_gate = input.new_ones(1, dtype=dtype).expand_as(input[:, 0])
+        copies += [(open_gate if gate is None else gate.to(dtype))[:, None] for gate in (source, destination)]
+    constants = torch.cat(copies, dim=1)
+    channels = [feature.shape[1] for feature in features]
+    features = list(constants[:, : sum(channels)].split(channels, dim=1))
+    if source is None and destination is None:
+        return constants, input, features, None, None
+    both, values = constants[:, -2:].unbind(1), input.detach()
+    # a sum is finite only if all its terms are
+    if readable(values) and all(tensor.sum(dtype=dtype).isfinite() for tensor in (values, *features)):
+        s, d = (None if gate is None else copy for gate, copy in zip((source, destination), both, strict=True))
+        return constants, input, features, s, d
+    finite = values.amax(1).isfinite() if from_logits else values.isfinite().all(1)  # a logit of -inf is a 0
+    for feature in features:
+        finite = finite & feature.isfinite().all(1)
+    hidden = ~finite & ((both[0] == 0) | (both[1] == 0))  # [N, H, W]
+    columns = hidden[:, None]
+    features = [feature.masked_fill(columns, 0) for feature in features]
+    s, d = (gate.masked_fill(hidden, 0) for gate in both)
+    return constants, input.masked_fill(columns, 0), features, s, d
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device or breaking a graph."""
+    ordinary = type(tensor) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+    return tensor.device.type == "cpu" and ordinary and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 def _groups(images: int, *shape: int) -> list[slice]:
@@ -125,10 +244,20 @@ def _groups(images: int, *shape: int) -> list[slice]:
     return [slice(images * group // groups, images * (group + 1) // groups) for group in range(groups)]
 
 
-def _empty_gradient(input: Tensor, gated: bool, weights: Sequence[float], radius: int, with_gradient: bool) -> Tensor:
+def _empty_gradient(
+    input: Tensor,
+    source: Tensor | None,
+    destination: Tensor | None,
+    weights: Sequence[float],
+    radius: int,
+    mean: bool,
+    with_gradient: bool,
+) -> Tensor:
     dtype = input.dtype
-    if dtype == torch.float16 and (gated or sum(weights) * (2 * radius + 1) ** 2 > HALF_LIMIT):
-        dtype = torch.float32
+    if dtype == torch.float16:  # neither how large gates are is known, nor how small their sum
+        weighted = any(gate is not None and (mean or gate.dtype != torch.bool) for gate in (source, destination))
+        if weighted or sum(weights) * (2 * radius + 1) ** 2 > HALF_LIMIT:
+            dtype = torch.float32
     return torch.empty_like(input, dtype=dtype) if with_gradient else input.new_empty(0, dtype=dtype)
 
 
@@ -144,9 +273,10 @@ def _assemble(
     mu: Tensor | None,
     from_logits: bool,
     gradient: Tensor,
+    scale: float,
     lead: Callable[[int], AbstractContextManager] = nullcontext,
 ) -> Tensor:
-    # energy from the pairwise operator on columns, and its gradient unless that is empty
+    # energy from the pairwise operator on columns, and its gradient, unless that is empty, both times a scale
     dtype, with_gradient = accumulation_dtype(input.dtype), gradient.numel() > 0
     # softmax rounds whole vectors and what is left over differently
     with lead(0 if math.prod(input.shape[2:]) % torch_engine.SHARED_PIXELS else input.numel()):
@@ -164,11 +294,15 @@ def _assemble(
             rest, by_p = _agreement(sums) if from_logits else (sums[:, -1], sums[:, :-1].mul_(-2))
         mean = torch.linalg.vecdot(p, by_p, dim=1)
         if with_gradient and from_logits:
-            torch.mul(p, by_p.sub_(mean[:, None]), out=gradient)
+            by_p = by_p.sub_(mean[:, None])
+        if with_gradient and scale != 1:  # here, as small kernels would fall below float32's range, and be slow
+            by_p = by_p.mul_(scale)
+        if with_gradient and from_logits:
+            torch.mul(p, by_p, out=gradient)
         elif with_gradient:
             gradient.copy_(by_p)
     # energy = sum_i rest_i + p_i . by_p_i / 2, pixel by pixel: where neighbours agree two equal sums cancel exactly
-    energy = torch.add(rest, mean, alpha=0.5).sum()
+    energy = scale * torch.add(rest, mean, alpha=0.5).sum()
     return energy if with_gradient or mu is not None else 2 * energy
 
 
@@ -192,55 +326,90 @@ def _through_softmax(p: Tensor, gradient: Tensor) -> Tensor:
     return p * (gradient - torch.linalg.vecdot(p, gradient, dim=1)[:, None])
 
 
-@pairwise_energy.register_fake
-def _(
-    input, features, source, destination, compatibility, from_logits, weights, sigmas, radius, with_gradient, impl
+def _fake(
+    input, features, source, destination, compatibility, from_logits, weights, sigmas, radius, mean, with_gradient, impl
 ):  # fmt: skip
-    gated = source is not None or destination is not None
-    energy = input.new_empty((), dtype=accumulation_dtype(input.dtype))
-    return energy, _empty_gradient(input, gated, weights, radius, with_gradient)
+    dtype, gated = accumulation_dtype(input.dtype), source is not None or destination is not None
+    n, _, height, width = input.shape
+    channels = sum(feature.shape[1] for feature in features) + 2 * gated
+    gradient = _empty_gradient(input, source, destination, weights, radius, mean, with_gradient)
+    return input.new_empty((), dtype=dtype), gradient, input.new_empty(n, channels, height, width, dtype=dtype)
 
 
-def _setup_context(ctx, inputs, output):
-    input, features, source, destination, compatibility, ctx.from_logits, *settings = inputs
-    *ctx.settings, ctx.with_gradient, ctx.impl = settings
-    ctx.dtype = input.dtype
-    ctx.save_for_backward(output[1], input if ctx.from_logits else None, source, destination, compatibility, *features)
-    ctx.set_materialize_grads(False)
+class _PairwiseEnergy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, features, source, destination, compatibility, *settings):
+        with torch._C._AutoDispatchBelowAutograd():
+            energy, gradient, constants = pairwise_energy(
+                input, features, source, destination, compatibility, *settings
+            )
+        ctx.from_logits, *ctx.settings, ctx.mean, ctx.with_gradient, ctx.impl = settings
+        ctx.channels = [feature.shape[1] for feature in features]
+        ctx.gated = source is not None, destination is not None
+        ctx.dtype = input.dtype
+        saved = input if ctx.from_logits or any(ctx.gated) else None
+        ctx.save_for_backward(gradient, saved, compatibility, constants)
+        ctx.mark_non_differentiable(constants)
+        ctx.set_materialize_grads(False)
+        return energy, gradient, constants
+
+    @staticmethod
+    def backward(ctx, grad_energy, grad_gradient, _):
+        if not ctx.with_gradient:
+            raise RuntimeError("pairwise_energy was called with_gradient=False, which leaves nothing to differentiate")
+        return _differentiate(ctx, grad_energy, grad_gradient), *[None] * 11
 
 
-def _backward(ctx, grad_energy, grad_gradient):
-    if not ctx.with_gradient:
-        raise RuntimeError("pairwise_energy was called with_gradient=False, which leaves nothing to differentiate")
-    gradient, logits, source, destination, compatibility, *features = ctx.saved_tensors
+def _differentiate(ctx, grad_energy: Tensor | None, grad_gradient: Tensor | None) -> Tensor | None:
+    gradient, input, compatibility, constants = ctx.saved_tensors
+    unit = _pixels(gradient) if ctx.mean and gradient.dtype == torch.float16 else 1
+    factor = grad_energy if grad_energy is None or unit == 1 else grad_energy / unit
+    if grad_gradient is None:
+        if factor is None:
+            return None
+        if torch.is_grad_enabled() or type(gradient) is not Tensor:
+            return (factor * gradient.to(factor.dtype)).to(ctx.dtype)
+        # one pass, computed in float32: in halves a small factor would be rounded
+        return torch.mul(gradient, factor.view(1, 1, 1, 1), out=torch.empty_like(gradient, dtype=ctx.dtype))
+
+    *features, gates = constants.split([*ctx.channels, 2 * any(ctx.gated)], dim=1)
+    source, destination = (gates[:, place] if given else None for place, given in enumerate(ctx.gated))
+    inverse = inverse_mass(source, destination, gradient) if ctx.mean else None
+    if any(ctx.gated):
+        _, input, features, source, destination = prepare(input, features, source, destination, ctx.from_logits)
+    mean = ctx.mean and inverse is None
 
     def linear(p: Tensor) -> Tensor:
-        pairs = (features, source, destination, compatibility, False, *ctx.settings, True, ctx.impl)
-        return pairwise_energy(p, *pairs)[1]
+        pairs = (features, source, destination, compatibility, False, *ctx.settings, mean, True, ctx.impl)
+        product = pairwise_energy(p, *pairs)[1]
+        return product if inverse is None else inverse.to(product.dtype) * product
 
-    # not in halves, as which a small factor would be rounded
-    grad = None if grad_energy is None else grad_energy * gradient.to(grad_energy.dtype)
-    if grad_gradient is not None:
-        if logits is None:
-            again = linear(grad_gradient)
-        else:
-            # gradient = J L p with the Jacobian J = diag(p) - p p^T of softmax; both factors depend on the logits
-            p = torch.softmax(logits, dim=1, dtype=accumulation_dtype(logits.dtype))
-            towards, v = linear(p), grad_gradient.to(p.dtype)
-            means = ((p * other).sum(1, keepdim=True) for other in (towards, v))
-            mean_towards, mean_v = means
-            again = linear(_through_softmax(p, v)) + v * (towards - mean_towards) - towards * mean_v
-            again = _through_softmax(p, again)
-        grad = again if grad is None else grad + again
-    return None if grad is None else grad.to(ctx.dtype), [None] * len(features), *[None] * 9
+    v = grad_gradient.to(accumulation_dtype(gradient.dtype)) * unit
+    if ctx.from_logits:
+        # gradient = J L p with the Jacobian J = diag(p) - p p^T of softmax; both factors depend on the logits
+        p = torch.softmax(input, dim=1, dtype=v.dtype)
+        towards = linear(p)
+        mean_towards, mean_v = ((p * other).sum(1, keepdim=True) for other in (towards, v))
+        again = linear(_through_softmax(p, v)) + v * (towards - mean_towards) - towards * mean_v
+        again = _through_softmax(p, again)
+    else:
+        again = linear(v)
+    if factor is not None:
+        again = again + factor * gradient.to(factor.dtype)
+    return again.to(ctx.dtype)
 
 
-pairwise_energy.register_autograd(_backward, setup_context=_setup_context)
-for _device_type in ("cpu", "cuda"):
-    pairwise_energy.register_autocast(_device_type, torch.float32)
-for _device_type in ("xpu", "mps"):
-    with suppress(ValueError):  # PyTorch 2.11 and older registers for the CPU and CUDA alone
-        pairwise_energy.register_autocast(_device_type, torch.float32)
+def _autocast(*arguments):
+    # any dtype will do, and what the operator is made of is not to be cast
+    with torch.autocast(arguments[0].device.type, enabled=False):
+        return pairwise_energy(*arguments)
+
+
+_library.impl("pairwise_energy", compute, "CompositeExplicitAutograd")
+_library.impl("pairwise_energy", lambda *arguments: _PairwiseEnergy.apply(*arguments), "Autograd")
+torch.library.register_fake("gcrf_triton::pairwise_energy", _fake, lib=_library)
+for _device_type in ("CPU", "CUDA", "XPU", "MPS"):
+    _library.impl("pairwise_energy", _autocast, f"Autocast{_device_type}")
 
 
 @torch.library.custom_op("gcrf_triton::area_average", mutates_args=())

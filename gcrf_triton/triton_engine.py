@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,10 +20,12 @@ from . import kernels
 from .tuning import LARGEST_COLUMNS, Config, Key, choose_config
 
 HALF_LOG2_E = 0.5 * math.log2(math.e)  # exp(-x / 2) = exp2(-HALF_LOG2_E x)
-WORKSPACE = 2**25  # bytes of packed records at a time: they stay in the cache of a large GPU
+WORKSPACE = 36 * 2**20  # bytes of packed records at a time: they stay in the cache of a large GPU
 LARGEST_KERNEL = 14  # log2, as a half; halves end at 2^16
 LARGEST_SETS = 6
 CHANNELS = 3  # of a set of features
+PARTS = 64  # of an image, which different programs look over
+PREPARED = 256  # pixels at a time
 RECENT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 
@@ -37,12 +41,12 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def fits(values: Tensor, columns: int, features: Sequence[Tensor], sigmas: Sequence[float]) -> bool:
-    """Whether tiles do a problem: not in float64, with few enough columns and features for the registers.
+    """Whether tiles can multiply so many value columns, of values' dtype: not in float64, nor past the registers.
 
     Nor where Triton does not compile for the tensor cores: on Turing, where without them offsets take fewer
     instructions, and before 3.9 on AMD's gfx11.
     """
-    _, sets = _feature_slots(features, sigmas)
+    sets = channel_slots(channel_counts(features), tuple(sigmas))[2]
     products = not device_and_arch(values.device)[1].startswith(("sm_7",) if RECENT else ("sm_7", "gfx11"))
     return values.dtype != torch.float64 and products and columns <= LARGEST_COLUMNS and sum(sets) <= LARGEST_SETS
 
@@ -55,17 +59,16 @@ def potts_energy(
     weights: Sequence[float],
     sigmas: Sequence[float],
     radius: int,
+    mean: bool,
     from_logits: bool,
     gradient: Tensor,
-) -> Tensor:
-    """Energy of all pairs, as `op.pairwise_energy` without a matrix, and its gradient, unless that is empty."""
-    radius = min(radius, max(input.shape[2:]) - 1)
-    if input.numel() == 0 or radius < 1:
-        gradient.zero_()
-        return input.new_zeros((), dtype=torch.float32)
+    unit: float,
+) -> tuple[Tensor, Tensor]:
+    """Energy and constants of `op.pairwise_energy` without a matrix, and its gradient times `unit`, unless empty."""
     mode = "logits" if from_logits else "probabilities"
     pairs = (features, source, destination, weights, sigmas, radius)
-    return _sum_tiles(mode, input, *pairs, gradient).sum()
+    energies, constants = _sum_tiles(mode, input, *pairs, mean, gradient, unit)
+    return energies.sum(), constants
 
 
 def apply_pairwise(
@@ -92,31 +95,107 @@ def apply_pairwise(
         result = torch.empty_like(values)
         for first in range(0, values.shape[1], LARGEST_COLUMNS):
             part = slice(first, first + LARGEST_COLUMNS)
-            _sum_tiles("product", values[:, part], *pairs, result[:, part])
+            _sum_tiles("product", values[:, part], *pairs, False, result[:, part])
     else:
         result = _sum_offsets(values.contiguous(), *pairs)
     return result if both_ends else 0.5 * result
 
 
-def _feature_slots(
-    features: Sequence[Tensor], sigmas: Sequence[float]
-) -> tuple[list[tuple[int, int, float]], tuple[int, ...]]:
-    # the channels that kernels look at, (feature, channel, factor), in sets of three (-1 fills them up), and how many
-    # sets each kernel has
-    slots: list[tuple[int, int, float]] = []
+def channel_counts(features: Sequence[Tensor]) -> tuple[int, ...]:
+    """How many channels each of the features [N, F, H, W] has."""
+    return tuple(feature.shape[1] for feature in features)
+
+
+@functools.lru_cache(maxsize=1024)
+def channel_slots(
+    counts: tuple[int, ...], sigmas: tuple[float, ...]
+) -> tuple[tuple[int, ...], tuple[float, ...], tuple[int, ...]]:
+    """The channels that kernels look at, in sets of three (-1 fills them up), their factors, and sets of every kernel.
+
+    Channels are counted over all features. By its factor multiplied, the square of a difference is what the exponent to
+    base 2 loses.
+    """
+    width = 1 + len(counts)
+    channels: list[int] = []
+    factors: list[float] = []
     sets = []
-    for row in _factors(features, sigmas):
-        channels = [(f, channel, row[f]) for f in range(len(row)) if row[f] for channel in range(features[f].shape[1])]
-        sets.append(triton.cdiv(len(channels), CHANNELS))
-        slots += channels + [(-1, 0, 0.0)] * (CHANNELS * sets[-1] - len(channels))
-    return slots, tuple(sets)
+    for row in range(0, len(sigmas), width):
+        used = [sigma for sigma, count in zip(sigmas[row + 1 : row + width], counts, strict=True) for _ in range(count)]
+        mine = [(channel, math.sqrt(HALF_LOG2_E) / sigma) for channel, sigma in enumerate(used) if sigma]
+        sets.append(-(-len(mine) // CHANNELS))
+        mine += [(-1, 0.0)] * (CHANNELS * sets[-1] - len(mine))
+        channels += [channel for channel, _ in mine]
+        factors += [factor for _, factor in mine]
+    return tuple(channels), tuple(factors), tuple(sets)
 
 
-def _factors(features: Sequence[Tensor], sigmas: Sequence[float]) -> list[list[float]]:
-    # one row a kernel, one factor of a feature, so that exponents to base 2 lose the square of the difference
-    width = 1 + len(features)
-    factors = [math.sqrt(HALF_LOG2_E) / sigma if sigma else 0.0 for sigma in sigmas]
-    return [factors[row + 1 : row + width] for row in range(0, len(sigmas), width)]
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What all launches for problems of one description have in common."""
+
+    weights: tuple[float, ...]  # log2, brought up to the range of halves
+    xy: tuple[float, ...]
+    factors: tuple[float, ...]
+    kernel_scale: float  # what brings them back
+    tiles_y: int
+    tiles_x: int
+    images: int  # that are packed at a time, or a part of one
+    tile_rows: int  # of an image
+    pitch: int
+    record: int  # halves
+    rows: int  # of the summary
+    pack: dict[str, Any]  # constants of the kernels
+    sum_tile: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    shape: tuple[int, ...],
+    split: bool,
+    counts: tuple[int, ...],
+    gated: bool,
+    weights: tuple[float, ...],
+    sigmas: tuple[float, ...],
+    radius: int,
+    mean: bool,
+    mode: str,
+    config: Config,
+    workspace: int,
+) -> Plan:
+    batch, count, height, width = shape
+    channels, factors, sets = channel_slots(counts, sigmas)
+    blocks = _column_blocks(count + (mode == "probabilities"))
+    # kernels, times s d' + d s' < 2 of scaled gates, end below 2^LARGEST_KERNEL
+    exponent = LARGEST_KERNEL - math.ceil(math.log2(sum(weights))) - gated
+    margin = -(-radius // 8) * 8
+    tiles_x, tiles_y = -(-width // config.tile_x), -(-height // config.tile_y)
+    halo = -(-(config.tile_x + 2 * radius) // 16) * 16
+    pitch = -(-((tiles_x - 1) * config.tile_x + margin - radius + halo) // 16) * 16
+    rows = 1 << (2 * (radius + config.pixels // config.tile_x + 1) - 1).bit_length()
+    record = (sum(sets) + gated) * 16 + sum(blocks) * (1 + split)
+    images, tile_rows = _chunk(batch, tiles_y, config.tile_y, 2 * radius, pitch * record * 2, workspace)
+    shared: dict[str, Any] = {"COUNT": count, "SPLIT": split, "GATED": gated, "N_SETS": sum(sets), "RECORD": record}
+    shared |= {"RADIUS": radius, "MARGIN": margin, "ROWS": rows, "BLOCKS": blocks}
+    shared |= {"FIRST": tuple(itertools.accumulate(blocks, initial=0))[:-1]}
+    pack = shared | {"K": sum(counts), "CHANNEL": channels, "LINEAR": tuple(not count for count in sets)}
+    pack |= {"MEAN": mean, "SOFTMAX": mode == "logits", "ONES": mode == "probabilities", "PARTS": PARTS}
+    sum_tile = shared | {"MODE": mode, "SETS": sets, "FIRST_SET": tuple(itertools.accumulate(sets, initial=0))[:-1]}
+    sum_tile |= {"TILE_Y": config.tile_y, "TILE_X": config.tile_x, "UNROLL": config.unroll}
+    return Plan(
+        tuple(math.log2(weight) + exponent for weight in weights),
+        tuple(HALF_LOG2_E / sigma**2 if sigma else 0.0 for sigma in sigmas[:: 1 + len(counts)]),
+        factors,
+        2.0 ** (-exponent - gated),
+        tiles_y,
+        tiles_x,
+        images,
+        tile_rows,
+        pitch,
+        record,
+        2 * sum(counts) + 3 * gated + (mode != "logits"),
+        pack | {"PIXELS": config.pack, "num_warps": 1, "num_stages": 1},
+        sum_tile | {"PIXELS": config.pixels, "num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
 
 
 def _sum_tiles(
@@ -128,121 +207,149 @@ def _sum_tiles(
     weights: Sequence[float],
     sigmas: Sequence[float],
     radius: int,
+    mean: bool,
     result: Tensor,
-) -> Tensor:
-    # Fills the result, unless it is empty, and returns the energies of the tiles.
-    batch, count, height, width = values.shape
-    device, gated, split = values.device, source is not None, values.dtype == torch.float32
-    slots, sets = _feature_slots(features, sigmas)
-    blocks = _column_blocks(count + (mode == "probabilities"))
-    columns = sum(blocks)
+    result_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    # Fills the result, unless it is empty, and returns the energies of the tiles and the constants.
+    device, shape = values.device, tuple(values.shape)
+    batch, _, height, width = shape
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=device)
+    gated, split, radius = source is not None or destination is not None, values.dtype == torch.float32, int(radius)
+    counts, sigmas = channel_counts(features), tuple(sigmas)
     with _current(device):
         config = choose_config(problem_key(values, features, sigmas, radius, gated, mode))
-    xy = tuple(HALF_LOG2_E / sigma**2 if sigma else 0.0 for sigma in sigmas[:: 1 + len(features)])
-    # kernels, times s d' + d s' < 2 of scaled gates, end below 2^LARGEST_KERNEL
-    kernel_exponent = LARGEST_KERNEL - math.ceil(math.log2(sum(weights))) - gated
-
-    margin = triton.cdiv(radius, 8) * 8
-    tiles_x, tiles_y = triton.cdiv(width, config.tile_x), triton.cdiv(height, config.tile_y)
-    halo = triton.cdiv(config.tile_x + 2 * radius, 16) * 16
-    pitch = triton.cdiv((tiles_x - 1) * config.tile_x + margin - radius + halo, 16) * 16
-    rows = triton.next_power_of_2(2 * (radius + config.pixels // config.tile_x + 1))
-    record = (sum(sets) + gated) * 16 + columns * (1 + split)
-
-    features = [feature.contiguous() for feature in features]
-    gates = [gate.contiguous() for gate in (source, destination) if gate is not None]
-    largest_value = _largest([values]) if mode != "logits" else values
-    spans = _spans(features, gates) if features else values
-    largest_gates = _largest(gates) if gated else values
-    along_y = torch.empty(len(weights), rows, dtype=torch.float32, device=device)
-    partners = torch.empty(3, 16, 16, dtype=torch.float16, device=device)
-    energies = torch.empty(batch * tiles_y * tiles_x if mode != "product" else 0, dtype=torch.float32, device=device)
-    images, tile_rows = _chunk(batch, tiles_y, config.tile_y, 2 * radius, pitch * record * 2)
-    padded_height = tile_rows * config.tile_y + 2 * radius
-    records = torch.empty(images, padded_height, pitch, record, dtype=torch.float16, device=device)
+    common = (shape, split, counts, gated, tuple(weights), sigmas, radius, mean, mode)
+    plan = _plan(*common, config, WORKSPACE)
+    padded_height = plan.tile_rows * config.tile_y + 2 * radius
+    constants = empty(batch, sum(counts) + 2 * gated, height, width)
+    summary = empty(batch, plan.rows, PARTS)
+    scales = empty(batch, 2)
+    along_y = empty(len(weights), plan.pack["ROWS"])
+    partners = empty(3, 16, 16, dtype=torch.float16)
+    energies = empty(batch * plan.tiles_y * plan.tiles_x if mode != "product" else 0)
+    records = empty(plan.images, padded_height, plan.pitch, plan.record, dtype=torch.float16)
+    layout, result_layout = _layout(values), _layout(result if result.dim() == 4 else values)
     wide = max(_reach(values), _reach(result), records[0].numel()) >= 2**31
-    shared = {"SPLIT": split, "GATED": gated, "N_SETS": sum(sets), "RECORD": record, "RADIUS": radius, "MARGIN": margin}
-    shared |= {"BLOCKS": blocks, "FIRST": tuple(itertools.accumulate(blocks, initial=0))[:-1]}
-    shared |= {"ROWS": rows, "COUNT": count, "OFFSET": tl.int64 if wide else tl.int32}
-    done = 0
+    offset = tl.int64 if wide else tl.int32
     with _current(device), _naming(config, device):
-        for first, last, top, bottom in _chunks(batch, tiles_y, images, tile_rows):
-            part = slice(first, last)
-            tile_grid = (tiles_x, bottom - top, last - first)
+        kernels.prepare[(batch, PARTS)](
+            tuple(feature.contiguous() for feature in features),
+            values if source is None else _bytes(source),
+            values if destination is None else _bytes(destination),
+            values,
+            constants,
+            summary,
+            height,
+            width,
+            *values.stride(),
+            SOURCE=source is not None,
+            DESTINATION=destination is not None,
+            COUNT=0 if mode == "logits" else shape[1],
+            **_channels(counts),
+        )
+        for first, last, top, bottom in _chunks(batch, plan.tiles_y, plan.images, plan.tile_rows):
             top_row, chunk_height = top * config.tile_y, (bottom - top) * config.tile_y + 2 * radius
-            kernels.pack[(triton.cdiv(chunk_height * pitch, config.pack), last - first)](
-                values[part],
-                largest_value,
-                tuple(feature[part] for feature in features),
-                spans[:, :, first:] if features else values,
+            kernels.pack[(-(-chunk_height * plan.pitch // config.pack), last - first)](
+                values,
+                constants,
+                summary,
+                plan.factors,
+                plan.xy,
+                records,
+                along_y,
+                partners,
+                scales,
+                first,
                 batch,
-                tuple(factor for _, _, factor in slots),
-                gates[0][part] if gated else values,
-                gates[1][part] if gated else values,
-                largest_gates,
-                xy,
-                records,
-                along_y,
-                partners,
                 height,
-                width,
+                width // layout.unit,
                 top_row,
                 chunk_height,
-                pitch,
-                *values.stride(),
-                FEATURE=tuple(feature for feature, _, _ in slots),
-                CHANNEL=tuple(channel for _, channel, _ in slots),
-                CHANNELS=tuple(feature.shape[1] for feature in features),
-                LINEAR=tuple(count == 0 for count in sets),
-                SOFTMAX=mode == "logits",
-                ONES=mode == "probabilities",
-                PIXELS=config.pack,
-                num_warps=1,
-                num_stages=1,
-                **shared,
+                plan.pitch // 16,
+                *layout.strides,
+                ORDER=layout.order,
+                UNIT=layout.unit,
+                OFFSET=offset,
+                **plan.pack,
             )
-            kernels.sum_tile[tile_grid](
+            kernels.sum_tile[(plan.tiles_x, bottom - top, last - first)](
                 records,
-                largest_value,
-                largest_gates,
                 along_y,
                 partners,
-                result[part],
-                energies[done:],
-                tuple(math.log2(weight) + kernel_exponent for weight in weights),
-                xy,
-                2.0 ** (-kernel_exponent - gated),
+                scales,
+                result,
+                energies,
+                plan.weights,
+                plan.xy,
+                plan.kernel_scale,
+                result_scale,
+                first,
                 height,
-                width,
+                width // result_layout.unit,
                 top_row,
                 chunk_height,
-                pitch,
-                *(result.stride() if result.dim() == 4 else (0, 0, 0, 0)),
-                MODE=mode,
+                plan.pitch // 16,
+                plan.tiles_y,
+                *result_layout.strides,
+                ORDER=result_layout.order,
+                UNIT=result_layout.unit,
+                OFFSET=offset,
                 RESULT=result.numel() > 0,
-                SETS=sets,
-                FIRST_SET=tuple(itertools.accumulate(sets, initial=0))[:-1],
-                TILE_Y=config.tile_y,
-                TILE_X=config.tile_x,
-                PIXELS=config.pixels,
-                UNROLL=config.unroll,
-                num_warps=config.num_warps,
-                num_stages=1,
-                **shared,
+                **plan.sum_tile,
             )
-            done += math.prod(tile_grid) if mode != "product" else 0
-    return energies
+    return energies, constants
+
+
+class Layout(NamedTuple):
+    """Strides [N, C, H, W] in units, which stride is 1, and the unit: so that Triton compiles once for all sizes."""
+
+    strides: tuple[int, ...]
+    order: str
+    unit: int
+
+
+def _layout(tensor: Tensor) -> Layout:
+    strides = tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    n, c, y, x = strides
+    order = "columns" if x == 1 or (x == 0 and c != 1) else "channels" if c == 1 else ""
+    across = {"columns": (n, c, y), "channels": (n, y, x), "": ()}[order]
+    aligned = across and tensor.shape[3] % 16 == 0 and tensor.data_ptr() % 16 == 0
+    if aligned and not any(stride % 16 for stride in across):
+        return Layout(tuple(stride // 16 for stride in strides), order, 16)
+    return Layout(strides, order, 1)
+
+
+def _bytes(gate: Tensor) -> Tensor:
+    # contiguous, and of a dtype that Triton loads
+    gate = gate.contiguous()
+    return gate.view(torch.uint8) if gate.dtype == torch.bool else gate
+
+
+@functools.lru_cache(maxsize=1024)
+def _channels(counts: tuple[int, ...]) -> dict[str, Any]:
+    places = [(feature, channel) for feature, count in enumerate(counts) for channel in range(count)]
+    return {
+        "FEATURE": tuple(feature for feature, _ in places),
+        "CHANNEL": tuple(channel for _, channel in places),
+        "CHANNELS": tuple(counts[feature] for feature, _ in places),
+        "PARTS": PARTS,
+        "PIXELS": PREPARED,
+        "num_warps": 4,
+        "num_stages": 1,
+    }
 
 
 def problem_key(
     values: Tensor, features: Sequence[Tensor], sigmas: Sequence[float], radius: int, gated: bool, mode: str
 ) -> Key:
     """What the configuration of a problem is chosen by; `mode` as for `kernels.sum_tile`."""
-    _, sets = _feature_slots(features, sigmas)
-    pixels = values.shape[0] * values.shape[2] * values.shape[3]
+    _, _, sets = channel_slots(channel_counts(features), tuple(sigmas))
+    batch, count, height, width = values.shape
     dtype = str(values.dtype).removeprefix("torch.")
-    columns = triton.cdiv(values.shape[1] + (mode == "probabilities"), 8) * 8
-    return Key(*device_and_arch(values.device), columns, sets, gated, radius, dtype, round(math.log2(pixels)))
+    columns = -(-(count + (mode == "probabilities")) // 8) * 8
+    size = round(math.log2(batch * height * width))
+    return Key(*device_and_arch(values.device), columns, sets, gated, radius, dtype, size)
 
 
 @functools.cache
@@ -259,26 +366,8 @@ def device_and_arch(device: torch.device) -> tuple[str, str]:
 
 def _column_blocks(columns: int) -> tuple[int, ...]:
     # powers of two that add up to the columns, rounded up to eights
-    rest = triton.cdiv(columns, 8) * 8
+    rest = -(-columns // 8) * 8
     return tuple(size for size in (64, 32, 16, 8) if rest & size)
-
-
-def _largest(tensors: Sequence[Tensor]) -> Tensor:
-    # the largest magnitude of each, on the device
-    return torch.stack([torch.linalg.vector_norm(tensor, torch.inf, dtype=torch.float32) for tensor in tensors])
-
-
-def _spans(features: Sequence[Tensor], gates: Sequence[Tensor]) -> Tensor:
-    # between which values a feature of an image lies where a gate is open [features, 2, N]
-    spans = []
-    for feature in features:
-        low = high = feature
-        if gates:
-            closed = (gates[0] == 0) & (gates[1] == 0)
-            low, high = (feature.masked_fill(closed[:, None], end) for end in (torch.inf, -torch.inf))
-        low, high = low.flatten(1).amin(1), high.flatten(1).amax(1)
-        spans.append(torch.stack([low, high]).masked_fill(low > high, 0))
-    return torch.stack(spans)
 
 
 def _reach(tensor: Tensor) -> int:
@@ -286,12 +375,12 @@ def _reach(tensor: Tensor) -> int:
     return sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
 
 
-def _chunk(batch: int, tiles_y: int, tile_y: int, margin: int, row_bytes: int) -> tuple[int, int]:
+def _chunk(batch: int, tiles_y: int, tile_y: int, margin: int, row_bytes: int, workspace: int) -> tuple[int, int]:
     # how many images, and rows of tiles of them, are packed at a time
     image_bytes = (tiles_y * tile_y + margin) * row_bytes
-    if image_bytes <= WORKSPACE:
-        return min(batch, WORKSPACE // image_bytes, 2**15), tiles_y
-    return 1, max(1, (WORKSPACE // row_bytes - margin) // tile_y)
+    if image_bytes <= workspace:
+        return min(batch, workspace // image_bytes, 2**15), tiles_y
+    return 1, max(1, (workspace // row_bytes - margin) // tile_y)
 
 
 def _chunks(batch: int, tiles_y: int, images: int, tile_rows: int) -> Iterator[tuple[int, int, int, int]]:
@@ -341,7 +430,7 @@ def _sum_offsets(
     )
     log2_kernels[:, radius, radius] = -math.inf
     # filled on the device, as a copy from the host would wait for it
-    factors = list(itertools.chain(*_factors(features, sigmas)))
+    factors = [math.sqrt(HALF_LOG2_E) / sigma if sigma else 0.0 for place, sigma in enumerate(sigmas) if place % row]
     device_factors = [torch.full((1,), factor, dtype=dtype, device=device) for factor in factors]
     result = torch.empty_like(values)
     pixels, block = 128, min(triton.next_power_of_2(columns), 16)

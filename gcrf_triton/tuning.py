@@ -32,6 +32,8 @@ class Config:
         pack: pixels that a program packs, a power of two.
         unroll: write out the steps through the halo instead of looping over them.
         num_warps: of a program that multiplies, a power of two.
+        num_stages: of the steps' loads, as Triton counts them: with 1 a step waits for what it loads itself, with more
+            the loads of later steps are under way meanwhile, in shared memory. Only loops have stages.
 
     Raises:
         TypeError, ValueError: for what cannot be launched.
@@ -40,12 +42,13 @@ class Config:
     tile_y: int = 5
     tile_x: int = 6
     pack: int = 128
-    unroll: bool = True
+    unroll: bool = False
     num_warps: int = 1
+    num_stages: int = 1
 
     def __post_init__(self) -> None:
-        for name, kind in (("tile_y", int), ("tile_x", int), ("pack", int), ("unroll", bool), ("num_warps", int)):
-            value = getattr(self, name)
+        for field in dataclasses.fields(self):
+            name, kind, value = field.name, type(field.default), getattr(self, field.name)
             if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
                 raise TypeError(f"{name}: expected {kind.__name__}, got {type(value).__name__}")
         if min(self.tile_y, self.tile_x) < 1 or self.pixels > 128:
@@ -59,6 +62,8 @@ class Config:
             raise ValueError(f"pack: expected 32, 64, 128 or 256, got {self.pack}")
         if self.num_warps not in (1, 2, 4, 8):
             raise ValueError(f"num_warps: expected 1, 2, 4 or 8, got {self.num_warps}")
+        if self.num_stages not in (1, 2, 3, 4) or (self.unroll and self.num_stages > 1):
+            raise ValueError(f"num_stages: expected 1 to 4, and 1 with unroll, got {self.num_stages}")
 
     @property
     def pixels(self) -> int:
@@ -121,21 +126,22 @@ def count(config: Config, key: Key) -> float:
 def heuristic(key: Key) -> Config:
     """The cheapest tile by `count` whose sums, exponents and features fit the registers."""
     fitting = [config for config in space(key) if _registers(config, key) <= REGISTERS]
-    return min(fitting or space(key)[-1:], key=lambda config: (count(config, key), not config.unroll))
+    # written out, steps compile ten times as long; whether it or stages pay only a device can tell
+    return min(fitting or space(key)[-1:], key=lambda config: (count(config, key), config.unroll, config.num_stages))
 
 
 def space(key: Key) -> list[Config]:
     """The configurations worth trying, those that need most registers first."""
     pack = 128 if key.columns <= 24 else 64 if key.columns <= 48 else 32
-    if key.gated and key.dtype != "float32" and pack == 128 and key.arch.startswith("sm_"):
-        pack = 256  # a sixth fewer instructions; without gates or elsewhere it spills
     configs = []
+    most_stages = 4 if key.arch.startswith("sm_") else 2  # elsewhere more spill
     for pixels in (32, 16):
         tiles = [Config(pixels // tile_x, tile_x, pack) for tile_x in range(1, pixels + 1)]
         tiles = [tile for tile in tiles if tile.pixels == pixels]
         for tile in sorted(tiles, key=lambda tile: count(tile, key))[:3]:
-            unrolled = (True, False) if tile.steps(key.radius) <= MOST_UNROLLED else (False,)
-            configs += [dataclasses.replace(tile, unroll=unroll) for unroll in unrolled]
+            configs += [dataclasses.replace(tile, num_stages=stages) for stages in range(1, most_stages + 1)]
+            if tile.steps(key.radius) <= MOST_UNROLLED:
+                configs.append(dataclasses.replace(tile, unroll=True))
     return configs
 
 

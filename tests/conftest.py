@@ -110,6 +110,8 @@ def engine(request, monkeypatch):
         engine = pytest.importorskip("gcrf_triton.triton_engine")
         if reason := engine.unavailable(torch.device("cpu")):
             pytest.skip(f"Triton cannot run on the CPU: {reason}")
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            monkeypatch.setattr(engine, "PARTS", 4)  # a program takes the interpreter milliseconds
     monkeypatch.setenv("GCRF_TRITON_IMPL", name)
     return name
 

@@ -4,12 +4,15 @@ import pytest
 import torch
 from problems import make_problem, value_and_gradient
 
-pytestmark = pytest.mark.engines("torch", "triton")
+pytestmark = [
+    pytest.mark.engines("torch", "triton"),
+    pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str),  # Triton's tiles have no float64
+]
 
 
 @pytest.mark.parametrize("gates", ["s", "d", "sd"])
-def test_closed_everywhere_is_exactly_zero(gates):
-    problem = make_problem((2, 3, 6, 7), gates=gates)
+def test_closed_everywhere_is_exactly_zero(dtype, gates):
+    problem = make_problem((2, 3, 6, 7), gates=gates, dtype=dtype)
     for name in ("source", "destination"):
         if getattr(problem, name) is not None:
             setattr(problem, name, torch.zeros(2, 6, 7, dtype=torch.bool))
@@ -20,8 +23,8 @@ def test_closed_everywhere_is_exactly_zero(gates):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("gates", ["s", "d", "sd"])
-def test_closed_pixels_get_no_energy_as_destinations_and_no_gradient_under_both(gates, reduction):
-    problem = make_problem((1, 3, 9, 9), gates=gates)
+def test_closed_pixels_get_no_energy_as_destinations_and_no_gradient_under_both(dtype, gates, reduction):
+    problem = make_problem((1, 3, 9, 9), gates=gates, dtype=dtype)
     closed = torch.zeros(1, 9, 9, dtype=torch.bool)
     closed[:, 2:5, 3:7] = True
     for name in ("source", "destination"):
@@ -37,14 +40,14 @@ def test_closed_pixels_get_no_energy_as_destinations_and_no_gradient_under_both(
 @pytest.mark.parametrize("under", ["features", "prediction", "both"])
 @pytest.mark.parametrize("gates", ["s", "d", "sd"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_what_is_under_a_closed_gate_never_leaks(poison, gates, under, from_logits):
-    problem = make_problem((2, 3, 9, 8), gates=gates)
+def test_what_is_under_a_closed_gate_never_leaks(dtype, poison, gates, under, from_logits):
+    problem = make_problem((2, 3, 9, 8), gates=gates, dtype=dtype)
     closed = torch.zeros(2, 9, 8, dtype=torch.bool)
     closed[0, 3:5, 2:6] = True
-    gate = (~closed).to(torch.float64)
+    gate = (~closed).to(dtype)
     problem.source = gate if "s" in gates else None
     problem.destination = gate if "d" in gates else None
-    expected = make_problem((2, 3, 9, 8))
+    expected = make_problem((2, 3, 9, 8), dtype=dtype)
     expected.source, expected.destination = gate, gate  # the pixels are taken out altogether
     if under != "prediction":
         problem.features["rgb"].masked_fill_(closed[:, None], poison)
@@ -61,15 +64,61 @@ def test_what_is_under_a_closed_gate_never_leaks(poison, gates, under, from_logi
         torch.testing.assert_close(gradient, expected_gradient)
 
 
-def test_a_nan_under_open_gates_is_not_hidden():
-    problem = make_problem((1, 3, 6, 6), gates="s")
+@pytest.mark.parametrize("from_logits", [False, True])
+@pytest.mark.parametrize("under", ["features", "prediction"])
+def test_nor_in_a_second_derivative(dtype, under, from_logits):
+    def second(problem):
+        x = problem.probabilities = problem.probabilities.detach().clone().requires_grad_()
+        (first,) = torch.autograd.grad(problem.loss(from_logits=from_logits), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    problem = make_problem((1, 3, 7, 6), gates="s", dtype=dtype)
+    problem.source[0, 2:4, 1:3] = 0
+    expected = make_problem((1, 3, 7, 6), gates="s", dtype=dtype)
+    expected.source = problem.source
+    expected.destination = torch.ones_like(problem.source)
+    expected.destination[0, 2:4, 1:3] = 0
+    poisoned = problem.features["rgb"] if under == "features" else problem.probabilities
+    poisoned[0, :, 2:4, 1:3] = float("nan")
+    found = second(problem)
+    # D is the sum of s with one gate, of d with two
+    ratio = expected.destination.sum() / problem.source.sum()
+    torch.testing.assert_close(found, second(expected) * ratio**2, rtol=2e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("under", ["image", "source", "destination"])
+def test_what_callers_change_later_does_not_reach_a_derivative(dtype, under):
+    def second(change):
+        problem = make_problem((1, 3, 7, 6), gates="sd", dtype=dtype)
+        x = problem.probabilities.requires_grad_()
+        loss = problem.loss(from_logits=True)
+        if change:
+            (problem.features["rgb"] if under == "image" else getattr(problem, under)).fill_(0.25)
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        return first.detach(), torch.autograd.grad(first.square().sum(), x)[0]
+
+    for found, expected in zip(second(True), second(False), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_an_image_of_bytes_is_scaled(dtype):
+    problem = make_problem((2, 3, 7, 6), gates="s", dtype=dtype)
+    image = (255 * problem.features["rgb"]).to(torch.uint8)
+    values = []
+    for problem.features["rgb"] in (image, image.to(dtype) / 255):
+        values.append(value_and_gradient(problem, lambda p: p.loss()))
+    torch.testing.assert_close(values[0], values[1])
+
+
+def test_a_nan_under_open_gates_is_not_hidden(dtype):
+    problem = make_problem((1, 3, 6, 6), gates="s", dtype=dtype)
     problem.source = torch.ones(1, 6, 6)
     problem.features["rgb"][0, 0, 3, 3] = float("nan")
     assert problem.loss().isnan()
 
 
-def test_a_logit_of_minus_infinity_is_a_probability_of_zero():
-    problem = make_problem((1, 3, 6, 6))
+def test_a_logit_of_minus_infinity_is_a_probability_of_zero(dtype):
+    problem = make_problem((1, 3, 6, 6), dtype=dtype)
     problem.source = torch.ones(1, 6, 6)
     problem.source[0, 2] = 0
     problem.probabilities[:, 1] = -float("inf")
@@ -78,19 +127,19 @@ def test_a_logit_of_minus_infinity_is_a_probability_of_zero():
     torch.testing.assert_close(value, problem.loss())
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("channel", [False, True])
-def test_masks_of_any_dtype(dtype, channel):
-    problem = make_problem((2, 3, 6, 7))
+def test_masks_of_any_dtype(mask_dtype, channel, dtype):
+    problem = make_problem((2, 3, 6, 7), dtype=dtype)
     mask = torch.rand(2, 6, 7) > 0.4
     problem.source = mask.double()
     expected = problem.loss()
-    problem.source = mask[:, None].to(dtype) if channel else mask.to(dtype)
+    problem.source = mask[:, None].to(mask_dtype) if channel else mask.to(mask_dtype)
     assert problem.loss() == expected
 
 
-def test_soft_gates_are_weights():
-    problem = make_problem((1, 3, 8, 8), gates="sd")
+def test_soft_gates_are_weights(dtype):
+    problem = make_problem((1, 3, 8, 8), gates="sd", dtype=dtype)
     one = problem.loss(reduction="sum")
     problem.source = 0.5 * problem.source
     torch.testing.assert_close(problem.loss(reduction="sum"), 0.5 * one)

@@ -38,8 +38,8 @@ def test_opcheck(layout, compatibility, gates, from_logits, with_gradient):
     mu = torch.rand(3, 3, dtype=torch.float64) if compatibility else None
     rgb = torch.rand(2, 3, 5, 6, dtype=torch.float64)
     p.requires_grad_(with_gradient)
-    arguments = (p, [rgb], gate, gate, mu, from_logits, *SETTINGS, with_gradient, "auto")
-    torch.library.opcheck(pairwise_energy, arguments)
+    arguments = (p, [rgb], gate, gate, mu, from_logits, *SETTINGS, True, with_gradient, "auto")
+    torch.library.opcheck(torch.ops.gcrf_triton.pairwise_energy.default, arguments)
 
 
 @pytest.mark.engines("triton")
@@ -49,15 +49,15 @@ def test_opcheck(layout, compatibility, gates, from_logits, with_gradient):
 def test_opcheck_in_the_interpreter(layout, from_logits):
     p = dict(layouts())[layout].float().requires_grad_()
     gate, rgb = torch.rand(2, 5, 6), torch.rand(2, 3, 5, 6)
-    arguments = (p, [rgb], gate, gate, None, from_logits, *SETTINGS, True, "auto")
-    torch.library.opcheck(pairwise_energy, arguments)
+    arguments = (p, [rgb], gate, gate, None, from_logits, *SETTINGS, True, True, "auto")
+    torch.library.opcheck(torch.ops.gcrf_triton.pairwise_energy.default, arguments)
 
 
 @both_engines
 @pytest.mark.parametrize("compatibility", [None, 1 - torch.eye(2)])
 def test_one_gate_leaves_the_other_open(compatibility):
     p, gate = torch.rand(1, 2, 4, 5), torch.rand(1, 4, 5)
-    rest = (compatibility, False, [1.0], [2.0], 1, True, "auto")
+    rest = (compatibility, False, [1.0], [2.0], 1, False, True, "auto")
     for gates, both in (((gate, None), (gate, torch.ones(1, 4, 5))), ((None, gate), (torch.ones(1, 4, 5), gate))):
         torch.testing.assert_close(pairwise_energy(p, [], *gates, *rest), pairwise_energy(p, [], *both, *rest))
 
@@ -68,7 +68,7 @@ def test_opcheck_of_the_average():
 
 def test_a_loss_alone_cannot_be_differentiated():
     p = torch.rand(1, 2, 3, 4, requires_grad=True)
-    energy, _ = pairwise_energy(p, [], None, None, None, False, [1.0], [2.0], 1, False, "auto")
+    energy, *_ = pairwise_energy(p, [], None, None, None, False, [1.0], [2.0], 1, False, False, "auto")
     with pytest.raises(RuntimeError, match="with_gradient"):
         energy.backward()
 
@@ -122,7 +122,7 @@ def test_autocast(dtype):
         problem.probabilities = logits
         loss = problem.loss(from_logits=True)
         energies = problem.loss(from_logits=True, reduction="none")
-        operator_energy, _ = pairwise_energy(logits, [], None, None, None, False, [1.0], [2.0], 1, True, "auto")
+        operator_energy, *_ = pairwise_energy(logits, [], None, None, None, False, [1.0], [2.0], 1, False, True, "auto")
     loss.backward()
     assert logits.dtype == dtype and network.weight.grad.isfinite().all()
     problem.probabilities = logits.detach().double()
@@ -133,19 +133,9 @@ def test_autocast(dtype):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "xpu", "mps"])
-def test_autocast_is_registered_where_pytorch_can(device):
-    @torch.library.custom_op(f"gcrf_triton_tests::on_{device}", mutates_args=())
-    def example(x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
+def test_autocast_is_registered(device):
     key = f"Autocast{device.upper()}"
-    try:
-        example.register_autocast(device, torch.float32)
-        possible = True
-    except ValueError:
-        possible = False
-    assert possible or device in ("xpu", "mps")
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("gcrf_triton::pairwise_energy", key) == possible
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("gcrf_triton::pairwise_energy", key)
 
 
 @both_engines
@@ -170,8 +160,8 @@ def test_more_than_two_to_the_31_elements_without_memory():
 @both_engines
 def test_the_operator_is_registered_under_its_name():
     p = torch.rand(1, 2, 4, 4)
-    arguments = (p, [], None, None, None, False, [1.0], [2.0], 1, True, "auto")
-    energy, gradient = torch.ops.gcrf_triton.pairwise_energy(*arguments)
+    arguments = (p, [], None, None, None, False, [1.0], [2.0], 1, False, True, "auto")
+    energy, gradient, _ = torch.ops.gcrf_triton.pairwise_energy(*arguments)
     assert energy > 0 and gradient.shape == p.shape
 
 

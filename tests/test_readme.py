@@ -1,5 +1,7 @@
 """Promise: what the README shows runs."""
 
+import csv
+import itertools
 import re
 from pathlib import Path
 
@@ -42,6 +44,17 @@ def test_the_table_is_that_of_the_measurements(capsys):
 def test_the_versions_are_those_that_were_run():
     lines = (ROOT / "bench/results/versions.md").read_text().splitlines()
     assert len(lines) >= 5 and set(lines) <= set(README.splitlines())
+
+
+def test_the_clocks_are_those_of_the_model():
+    with (ROOT / "bench/results/static_cost.csv").open(newline="") as file:
+        rows = {
+            (row["dtype"], row["gates"], row["kernel"]): row for row in csv.DictReader(file) if row["target"] == "sm_90"
+        }
+    for dtype, gates in itertools.product(("float32", "float16"), ("no", "yes")):
+        step, tile = (rows[dtype, gates, kernel] for kernel in ("together", "sum_tile"))
+        clocks = [f"{float(step[f'{unit}_clocks']):.1f}" for unit in ("issue", "special", "memory", "tensor", "dram")]
+        assert f"| {' | '.join([dtype, gates, *clocks, tile['registers'], step['launches']])} |\n" in README
 
 
 @pytest.mark.parametrize(("data", "metric"), [("acdc", "dice"), ("msrc", "miou")])

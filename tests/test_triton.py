@@ -95,8 +95,8 @@ def test_layouts(layout, dtype, from_logits):
         "expanded": p[:1, :3, :6, :8].expand(2, 3, 6, 8),
     }[layout]
     assert x.shape == (2, 3, 6, 8)
-    arguments = ([problem.features["rgb"]], None, None, None, from_logits, [1.0], [6.0, 0.1], 2, True)
-    energy, gradient = pairwise_energy(x, *arguments, "triton")
+    arguments = ([problem.features["rgb"]], None, None, None, from_logits, [1.0], [6.0, 0.1], 2, True, True)
+    energy, gradient, _ = pairwise_energy(x, *arguments, "triton")
     assert gradient.dtype == x.dtype and gradient.stride() == torch.empty_like(x).stride()
     expected = pairwise_energy(x.contiguous(), *arguments, "triton")
     assert torch.equal(energy, expected[0]) and torch.equal(gradient.contiguous(), expected[1])
@@ -152,6 +152,29 @@ def test_near_agreement_from_logits(margin, tolerance):
     problem = pictured("photograph", "0.1", "", 1, 21)
     problem.probabilities[:, 3] += margin
     assert_close(problem, tolerance, tolerance, from_logits=True)
+
+
+@pytest.mark.parametrize("gates", ["", "sd"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_error_under_autocast_is_that_of_halves(dtype, gates):
+    problem = pictured("photograph", "0.1", gates, 2, 21)
+    problem.probabilities = problem.probabilities.to(dtype)
+    expected, expected_gradient = exact(problem, from_logits=True)
+    with torch.autocast("cpu", dtype=dtype):
+        value, gradient = value_and_gradient(problem, lambda p: p.loss(from_logits=True))
+    assert value.dtype == torch.float32 and gradient.dtype == dtype
+    assert abs(value - expected) <= HALF_LOSS * expected
+    stored = torch.finfo(dtype).eps / 2
+    assert (gradient.double() - expected_gradient).norm() <= (HALF_GRADIENT + stored) * expected_gradient.norm()
+
+
+def test_float16_keeps_the_gradient_of_a_mean():
+    # divided by the pixels it would fall out of float16's range, into which the incoming gradient lifts it again
+    problem = make_problem((1, 3, 20, 24), ({"weight": 3e-4, "xy": 6.0},), 1, dtype=torch.float32)
+    problem.probabilities = (3 * problem.probabilities).half()
+    _, expected = exact(problem, from_logits=True)
+    _, found = value_and_gradient(problem, lambda p: 2.0**16 * p.loss(from_logits=True))
+    assert (found.double() - 2.0**16 * expected).norm() <= 4e-3 * (2.0**16 * expected).norm()
 
 
 def test_large_gates_and_weights():
@@ -215,7 +238,15 @@ def test_features_that_span_much():
 CONFIGS = [
     tuning.Config(tile_y, tile_x, 128, unroll)
     for (tile_y, tile_x), unroll in itertools.product([(5, 6), (4, 4), (8, 4), (2, 8), (3, 5)], [True, False])
-] + [tuning.Config(pack=32), tuning.Config(pack=256), tuning.Config(num_warps=2), tuning.Config(4, 4, num_warps=4)]
+]
+CONFIGS += [
+    tuning.Config(pack=32),
+    tuning.Config(pack=256),
+    tuning.Config(num_warps=2),
+    tuning.Config(4, 4, num_warps=4),
+]
+CONFIGS += [tuning.Config(num_stages=stages) for stages in (2, 3, 4)]
+CONFIGS += [tuning.Config(8, 4, num_stages=2), tuning.Config(4, 4, num_warps=2, num_stages=3)]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -249,9 +280,22 @@ def test_nothing_around_the_tensors_is_touched():
     x.copy_(torch.rand(1, 3, 7, 9)), image.copy_(torch.rand(1, 3, 7, 9))
     before = room.clone(), image_room.clone()
     gradient_room, gradient = guarded(1, 3, 7, 9)
-    triton_engine.potts_energy(x, [image], None, None, [1.0], [6.0, 0.1], 3, True, gradient)
+    triton_engine.potts_energy(x, [image], None, None, [1.0], [6.0, 0.1], 3, True, True, gradient, 1.0)
     assert torch.equal(room, before[0]) and torch.equal(image_room, before[1])
     assert (gradient_room[:4096] == 7).all() and (gradient_room[-4096:] == 7).all() and (gradient != 7).all()
+
+
+def test_another_default_dtype_changes_nothing():
+    problem = make_problem((1, 3, 9, 8), radius=2, gates="s", dtype=torch.float32)
+    expected = value_and_gradient(problem, lambda p: p.loss(from_logits=True))
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = value_and_gradient(problem, lambda p: p.loss(from_logits=True))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(
+        one.dtype == torch.float32 and torch.equal(one, other) for one, other in zip(found, expected, strict=True)
+    )
 
 
 def test_a_loss_alone_is_the_same():
@@ -278,5 +322,5 @@ def test_more_than_two_to_the_31_elements():
         launches = record_launches(shape)
         wide = torch.Size(shape[1:]).numel() >= 2**31
         for launch in launches:
-            assert "int64" in str(launch.keywords["OFFSET"]) or not wide
+            assert "int64" in str(launch.keywords.get("OFFSET", "int64")) or not wide
             assert all(size < 65536 for size in launch.grid[1:]) and launch.grid[0] < 2**31

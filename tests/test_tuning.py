@@ -28,7 +28,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 def test_the_ladder(tmp_path, monkeypatch):
     by_counting = tuning.choose_config(KEY)
-    assert by_counting == Config(5, 6, 128, True)
+    assert by_counting == Config(5, 6, 128) and not by_counting.unroll
 
     shipped = tmp_path / "shipped.json"
     shipped.write_text(json.dumps({"schema": 1, "entries": {str(KEY): {"tile_y": 8, "tile_x": 4}}}))
@@ -102,6 +102,9 @@ def test_writers_at_once_leave_whole_files(tmp_path):
     [
         (TypeError, "tile_y: expected int, got float", {"tile_y": 4.0}),
         (TypeError, "unroll: expected bool, got int", {"unroll": 1}),
+        (TypeError, "num_stages: expected int, got float", {"num_stages": 2.0}),
+        (ValueError, "num_stages: expected 1 to 4, and 1 with unroll, got 5", {"num_stages": 5}),
+        (ValueError, "num_stages: expected 1 to 4, and 1 with unroll, got 2", {"num_stages": 2, "unroll": True}),
         (ValueError, "expected a tile of 1 to 128 pixels, got 0 x 6", {"tile_y": 0}),
         (ValueError, "expected a tile of 1 to 128 pixels, got 50 x 6", {"tile_y": 50}),
         (ValueError, "expected to fill 16 pixels, got 1 x 5", {"tile_y": 1, "tile_x": 5}),
@@ -199,6 +202,13 @@ def test_a_home_that_cannot_be_read(monkeypatch):
     monkeypatch.delenv("GCRF_TRITON_CACHE")
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # nobody's home
     assert tuning.cache_folder().name == "gcrf_triton"
+
+
+@pytest.mark.parametrize("arch, most", [("sm_90", 4), ("gfx942", 2)])
+def test_the_space_has_loops_with_every_number_of_stages_and_what_is_written_out(arch, most):
+    configs = tuning.space(dataclasses.replace(KEY, arch=arch))
+    assert {config.num_stages for config in configs if not config.unroll} == set(range(1, most + 1))
+    assert any(config.unroll for config in configs) and len(set(configs)) == len(configs)
 
 
 def test_only_configurations_are_used():
