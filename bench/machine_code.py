@@ -396,7 +396,7 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is torch.ops.gcrf_triton.pairwise_energy.default:
+        if function is op.pairwise_energy:
             with self:
                 return op.compute(*args, **kwargs)
         result = function(*args, **kwargs)

@@ -70,15 +70,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-_library = torch.library.Library("gcrf_triton", "FRAGMENT")
-_library.define(
-    "pairwise_energy(Tensor input, Tensor[] features, Tensor? source, Tensor? destination, Tensor? compatibility, "
-    "bool from_logits, float[] weights, float[] sigmas, int radius, bool mean, bool with_gradient, str impl) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-
-
-def pairwise_energy(
+def compute(
     input: Tensor,
     features: Sequence[Tensor],
     source: Tensor | None,
@@ -117,27 +109,6 @@ def pairwise_energy(
         and what further derivatives need, the features and with gates both of them, [N, K, H, W] in the accumulation
         dtype. Differentiable in `input` any number of times.
     """
-    return torch.ops.gcrf_triton.pairwise_energy.default(
-        input, features, source, destination, compatibility, from_logits, weights, sigmas, radius, mean, with_gradient,
-        impl,
-    )  # fmt: skip
-
-
-def compute(
-    input: Tensor,
-    features: Sequence[Tensor],
-    source: Tensor | None,
-    destination: Tensor | None,
-    compatibility: Tensor | None,
-    from_logits: bool,
-    weights: Sequence[float],
-    sigmas: Sequence[float],
-    radius: int,
-    mean: bool,
-    with_gradient: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`pairwise_energy`, below autograd."""
     gradient = _empty_gradient(input, source, destination, weights, radius, mean, with_gradient)
     unit = float(_pixels(input)) if mean and gradient.dtype == torch.float16 else 1.0
     radius = min(radius, max(*input.shape[2:], 1) - 1)
@@ -382,7 +353,7 @@ def _differentiate(ctx, grad_energy: Tensor | None, grad_gradient: Tensor | None
     def linear(p: Tensor) -> Tensor:
         pairs = (features, source, destination, compatibility, False, *ctx.settings, mean, True, ctx.impl)
         product = pairwise_energy(p, *pairs)[1]
-        return product if inverse is None else inverse.to(product.dtype) * product
+        return product if inverse is None else inverse * product
 
     v = grad_gradient.to(accumulation_dtype(gradient.dtype)) * unit
     if ctx.from_logits:
@@ -405,11 +376,14 @@ def _autocast(*arguments):
         return pairwise_energy(*arguments)
 
 
+_library = torch.library.Library("gcrf_triton", "FRAGMENT")  # its layers are thinner than those of custom_op
+_library.define("pairwise_energy" + torch.library.infer_schema(compute, mutates_args=()))
 _library.impl("pairwise_energy", compute, "CompositeExplicitAutograd")
-_library.impl("pairwise_energy", lambda *arguments: _PairwiseEnergy.apply(*arguments), "Autograd")
+_library.impl("pairwise_energy", _PairwiseEnergy.apply, "Autograd")
 torch.library.register_fake("gcrf_triton::pairwise_energy", _fake, lib=_library)
 for _device_type in ("CPU", "CUDA", "XPU", "MPS"):
     _library.impl("pairwise_energy", _autocast, f"Autocast{_device_type}")
+pairwise_energy = torch.ops.gcrf_triton.pairwise_energy.default  # `compute`, differentiable
 
 
 @torch.library.custom_op("gcrf_triton::area_average", mutates_args=())

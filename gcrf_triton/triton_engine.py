@@ -144,7 +144,8 @@ class Plan:
     pitch: int
     record: int  # halves
     rows: int  # of the summary
-    pack: dict[str, Any]  # constants of the kernels
+    prepare: dict[str, Any]  # constants of the kernels
+    pack: dict[str, Any]
     sum_tile: dict[str, Any]
 
 
@@ -177,6 +178,10 @@ def _plan(
     shared: dict[str, Any] = {"COUNT": count, "SPLIT": split, "GATED": gated, "N_SETS": sum(sets), "RECORD": record}
     shared |= {"RADIUS": radius, "MARGIN": margin, "ROWS": rows, "BLOCKS": blocks}
     shared |= {"FIRST": tuple(itertools.accumulate(blocks, initial=0))[:-1]}
+    places = [(feature, channel, count) for feature, count in enumerate(counts) for channel in range(count)]
+    prepare: dict[str, Any] = {
+        name: tuple(place[part] for place in places) for part, name in enumerate(("FEATURE", "CHANNEL", "CHANNELS"))
+    }
     pack = shared | {"K": sum(counts), "CHANNEL": channels, "LINEAR": tuple(not count for count in sets)}
     pack |= {"MEAN": mean, "SOFTMAX": mode == "logits", "ONES": mode == "probabilities", "PARTS": PARTS}
     sum_tile = shared | {"MODE": mode, "SETS": sets, "FIRST_SET": tuple(itertools.accumulate(sets, initial=0))[:-1]}
@@ -193,6 +198,7 @@ def _plan(
         pitch,
         record,
         2 * sum(counts) + 3 * gated + (mode != "logits"),
+        prepare | {"COUNT": 0 if mode == "logits" else count, "PARTS": PARTS, "PIXELS": PREPARED, "num_warps": 4},
         pack | {"PIXELS": config.pack, "num_warps": 1, "num_stages": 1},
         sum_tile | {"PIXELS": config.pixels, "num_warps": config.num_warps, "num_stages": config.num_stages},
     )
@@ -223,7 +229,7 @@ def _sum_tiles(
     plan = _plan(*common, config, WORKSPACE)
     padded_height = plan.tile_rows * config.tile_y + 2 * radius
     constants = empty(batch, sum(counts) + 2 * gated, height, width)
-    summary = empty(batch, plan.rows, PARTS)
+    summary = empty(batch, plan.rows, plan.prepare["PARTS"])
     scales = empty(batch, 2)
     along_y = empty(len(weights), plan.pack["ROWS"])
     partners = empty(3, 16, 16, dtype=torch.float16)
@@ -233,7 +239,7 @@ def _sum_tiles(
     wide = max(_reach(values), _reach(result), records[0].numel()) >= 2**31
     offset = tl.int64 if wide else tl.int32
     with _current(device), _naming(config, device):
-        kernels.prepare[(batch, PARTS)](
+        kernels.prepare[(batch, plan.prepare["PARTS"])](
             tuple(feature.contiguous() for feature in features),
             values if source is None else _bytes(source),
             values if destination is None else _bytes(destination),
@@ -245,8 +251,7 @@ def _sum_tiles(
             *values.stride(),
             SOURCE=source is not None,
             DESTINATION=destination is not None,
-            COUNT=0 if mode == "logits" else shape[1],
-            **_channels(counts),
+            **plan.prepare,
         )
         for first, last, top, bottom in _chunks(batch, plan.tiles_y, plan.images, plan.tile_rows):
             top_row, chunk_height = top * config.tile_y, (bottom - top) * config.tile_y + 2 * radius
@@ -324,20 +329,6 @@ def _bytes(gate: Tensor) -> Tensor:
     # contiguous, and of a dtype that Triton loads
     gate = gate.contiguous()
     return gate.view(torch.uint8) if gate.dtype == torch.bool else gate
-
-
-@functools.lru_cache(maxsize=1024)
-def _channels(counts: tuple[int, ...]) -> dict[str, Any]:
-    places = [(feature, channel) for feature, count in enumerate(counts) for channel in range(count)]
-    return {
-        "FEATURE": tuple(feature for feature, _ in places),
-        "CHANNEL": tuple(channel for _, channel in places),
-        "CHANNELS": tuple(counts[feature] for feature, _ in places),
-        "PARTS": PARTS,
-        "PIXELS": PREPARED,
-        "num_warps": 4,
-        "num_stages": 1,
-    }
 
 
 def problem_key(

@@ -126,7 +126,7 @@ def count(config: Config, key: Key) -> float:
 def heuristic(key: Key) -> Config:
     """The cheapest tile by `count` whose sums, exponents and features fit the registers."""
     fitting = [config for config in space(key) if _registers(config, key) <= REGISTERS]
-    # written out, steps compile ten times as long; whether it or stages pay only a device can tell
+    # written out, steps compile five to ten times as long; whether it or stages pay only a device can tell
     return min(fitting or space(key)[-1:], key=lambda config: (count(config, key), config.unroll, config.num_stages))
 
 

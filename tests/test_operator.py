@@ -39,7 +39,7 @@ def test_opcheck(layout, compatibility, gates, from_logits, with_gradient):
     rgb = torch.rand(2, 3, 5, 6, dtype=torch.float64)
     p.requires_grad_(with_gradient)
     arguments = (p, [rgb], gate, gate, mu, from_logits, *SETTINGS, True, with_gradient, "auto")
-    torch.library.opcheck(torch.ops.gcrf_triton.pairwise_energy.default, arguments)
+    torch.library.opcheck(pairwise_energy, arguments)
 
 
 @pytest.mark.engines("triton")
@@ -50,7 +50,7 @@ def test_opcheck_in_the_interpreter(layout, from_logits):
     p = dict(layouts())[layout].float().requires_grad_()
     gate, rgb = torch.rand(2, 5, 6), torch.rand(2, 3, 5, 6)
     arguments = (p, [rgb], gate, gate, None, from_logits, *SETTINGS, True, True, "auto")
-    torch.library.opcheck(torch.ops.gcrf_triton.pairwise_energy.default, arguments)
+    torch.library.opcheck(pairwise_energy, arguments)
 
 
 @both_engines

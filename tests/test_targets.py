@@ -88,6 +88,6 @@ def test_the_model_names_the_unit_that_sets_the_bound():
     assert together["bound_clocks"] == max(clocks.values()) == clocks[f"{together['bound_by']}_clocks"]
     assert min(clocks.values()) > 0
     # 3 colours read, copied and read; 21 halves read and written; those read, multiplied and written; a sum of tiles
-    assert together["bytes"] == pytest.approx(3 * 4 * 3 + 4 * 2 * 21, rel=1e-2)
+    assert together["bytes"] == pytest.approx(3 * 4 * 3 + 4 * 2 * 21, abs=0.3)
     assert together["launches"] == 7
     assert together["unfold_bytes"] == 4 * 2 * 21 * 25
