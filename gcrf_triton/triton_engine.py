@@ -198,7 +198,9 @@ def _plan(
         pitch,
         record,
         2 * sum(counts) + 3 * gated + (mode != "logits"),
-        prepare | {"COUNT": 0 if mode == "logits" else count, "PARTS": PARTS, "PIXELS": PREPARED, "num_warps": 4},
+        prepare
+        | {"COUNT": 0 if mode == "logits" else count, "PARTS": PARTS, "PIXELS": PREPARED}
+        | {"num_warps": 4, "num_stages": 1},
         pack | {"PIXELS": config.pack, "num_warps": 1, "num_stages": 1},
         sum_tile | {"PIXELS": config.pixels, "num_warps": config.num_warps, "num_stages": config.num_stages},
     )
