@@ -57,6 +57,14 @@ def test_the_clocks_are_those_of_the_model():
         assert f"| {' | '.join([dtype, gates, *clocks, tile['registers'], step['launches']])} |\n" in README
 
 
+def test_what_a_step_takes_of_the_host_is_what_was_measured():
+    from bench.host import table_of
+
+    with (ROOT / "bench/results/host.csv").open(newline="") as file:
+        lines = table_of(list(csv.DictReader(file))).splitlines()
+    assert len(lines) >= 8 and set(lines) <= set((ROOT / "bench/README.md").read_text().splitlines())
+
+
 @pytest.mark.parametrize(("data", "metric"), [("acdc", "dice"), ("msrc", "miou")])
 def test_the_tables_of_weak_supervision_are_those_of_the_trainings(data, metric):
     from bench.weak_supervision.experiment import read_rows
