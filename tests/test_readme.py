@@ -57,6 +57,14 @@ def test_the_clocks_are_those_of_the_model():
         assert f"| {' | '.join([dtype, gates, *clocks, tile['registers'], step['launches']])} |\n" in README
 
 
+def test_the_errors_are_those_that_were_found():
+    from bench.accuracy import table_of
+
+    with (ROOT / "bench/results/accuracy.csv").open(newline="") as file:
+        lines = table_of(list(csv.DictReader(file))).splitlines()
+    assert len(lines) == 5 and set(lines) <= set(README.splitlines())
+
+
 def test_what_a_step_takes_of_the_host_is_what_was_measured():
     from bench.host import table_of
 
