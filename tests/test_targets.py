@@ -44,7 +44,7 @@ def rows_of_targets():
     # small windows, as those unroll into what compiles in seconds; the next test has the large one
     logits = {"radius": 2, "gates": True}
     halves = {"radius": 2, "dtype": "bfloat16"}
-    probabilities = {"shape": [2, 4, 60, 80], "radius": 16, "gates": True, "from_logits": False}
+    probabilities = {"shape": [2, 63, 60, 80], "radius": 16, "gates": True, "from_logits": False}
     doubles = probabilities | {"dtype": "float64"}
     problems = (logits, halves, probabilities, doubles)
     with ThreadPoolExecutor(2) as pool:

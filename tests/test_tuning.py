@@ -132,6 +132,11 @@ def test_there_is_always_a_configuration(radius, sets, columns):
     assert config.tile_y * config.tile_x >= 0.8 * config.pixels
 
 
+@pytest.mark.parametrize("arch, pixels", [("sm_90", 32), ("gfx942", 32), ("gfx1100", 16), ("xpu", 16)])
+def test_many_classes_take_the_large_tile_where_it_is_known_to_fit(arch, pixels):
+    assert tuning.heuristic(Key("any", arch, 64, (1,), True, 5, "float32", 20)).pixels == pixels
+
+
 @pytest.mark.engines("triton")
 def test_nothing_is_written_by_a_loss(tmp_path):
     gated_crf_loss(torch.rand(1, 2, 4, 4, requires_grad=True), {"rgb": torch.rand(1, 3, 4, 4)}).backward()
