@@ -69,7 +69,8 @@ def prepare(
         lows, highs = lows + (none + float("inf"),), highs + (none - float("inf"),)
     largest_s, largest_d, total, largest = none, none, none, none
     share = tl.cdiv(plane, PARTS * PIXELS) * PIXELS
-    for first in range(part * share, tl.minimum((part + 1) * share, plane), PIXELS):
+    first, last = part * share, tl.minimum((part + 1) * share, plane)
+    while first < last:  # a range over tensors is more than older interpreters take with NumPy 2.5
         pixel = first + tl.arange(0, PIXELS)
         inside = pixel < plane
         own = constants + n * (K + 2 * GATED) * plane + pixel
@@ -106,6 +107,7 @@ def prepare(
                 value = tl.abs(tl.load(column, mask=inside, other=0.0).to(tl.float32))
                 largest = tl.where(_is_finite(value), tl.maximum(largest, value), largest)
                 column += stride_c
+        first += PIXELS
     row = summary + n * (2 * K + 3 * GATED + (COUNT > 0)) * PARTS + part
     for k in tl.static_range(K):
         tl.store(row + 2 * k * PARTS, tl.min(lows[k]))
@@ -317,10 +319,11 @@ def pack(
 
     if tl.program_id(0) == 0:
         if GATED and MEAN:
-            mass = 0.0
-            for other in range(images):
+            mass, other = 0.0, 0
+            while other < images:
                 sums = tl.load(whole + (other * ALL + 2 * K + 2) * PARTS + tl.arange(0, PARTS))
                 mass += tl.sum(sums)
+                other += 1
             gate_scale /= tl.maximum(mass, 1.0)
         tl.store(scales + 2 * n, gate_scale)
         if not SOFTMAX:
