@@ -1,5 +1,7 @@
 """Promise: the Triton kernels compute the same loss and gradient, whatever shape, dtype, layout and configuration."""
 
+import ast
+import inspect
 import itertools
 
 import pytest
@@ -324,3 +326,16 @@ def test_more_than_two_to_the_31_elements():
         for launch in launches:
             assert "int64" in str(launch.keywords.get("OFFSET", "int64")) or not wide
             assert all(size < 65536 for size in launch.grid[1:]) and launch.grid[0] < 2**31
+
+
+def test_bounds_of_ranges_are_constants():
+    # Triton 3.6's interpreter makes an int of the array that a tensor is there, which NumPy 2.5 refuses
+    loops = [
+        node for node in ast.walk(ast.parse(inspect.getsource(triton_engine.kernels))) if isinstance(node, ast.For)
+    ]
+    unrolled = [node for node in loops if ast.unparse(node.iter).startswith("tl.static_range")]
+    constants = {node.target.id for node in unrolled} | {"range", "len"}
+    assert len(loops) > len(unrolled) > 20
+    for node in set(loops) - set(unrolled):
+        names = {name.id for name in ast.walk(node.iter) if isinstance(name, ast.Name)}
+        assert all(name.isupper() or name in constants for name in names), ast.unparse(node.iter)
