@@ -70,7 +70,7 @@ def prepare(
     largest_s, largest_d, total, largest = none, none, none, none
     share = tl.cdiv(plane, PARTS * PIXELS) * PIXELS
     first, last = part * share, tl.minimum((part + 1) * share, plane)
-    while first < last:  # a range over tensors is more than older interpreters take with NumPy 2.5
+    while first < last:  # no range: Triton 3.6's interpreter fails on tensors as bounds with NumPy 2.5
         pixel = first + tl.arange(0, PIXELS)
         inside = pixel < plane
         own = constants + n * (K + 2 * GATED) * plane + pixel

@@ -21,7 +21,7 @@ KEYS = 16  # pixels of the halo that a tile meets at a time
 LARGEST_COLUMNS = 64  # of a tile, in registers: more classes take several passes
 MOST_UNROLLED = 20  # steps: beyond, the code outgrows the instruction cache
 REGISTERS = 172  # a thread may be estimated to need: the estimate is rough, and 255 the limit
-MORE_REGISTERS = 212  # of NVIDIA and CDNA: compiled for them, loops estimated at so many spill 8 bytes at most
+MORE_REGISTERS = 212  # for NVIDIA and gfx942: loops estimated at so many were seen to spill 16 bytes at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ def count(config: Config, key: Key) -> float:
 @functools.lru_cache(maxsize=1024)
 def heuristic(key: Key) -> Config:
     """The cheapest tile by `count` whose sums, exponents and features fit the registers."""
-    most = MORE_REGISTERS if key.arch.startswith(("sm_", "gfx9")) else REGISTERS
+    most = MORE_REGISTERS if key.arch.startswith(("sm_", "gfx942")) else REGISTERS
     fitting = [config for config in space(key) if _registers(config, key) <= most]
     # written out, steps compile five to ten times as long; whether it or stages pay only a device can tell
     return min(fitting or space(key)[-1:], key=lambda config: (count(config, key), config.unroll, config.num_stages))

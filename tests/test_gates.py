@@ -41,9 +41,9 @@ def test_closed_pixels_get_no_energy_as_destinations_and_no_gradient_under_both(
 @functools.cache
 def without_closed_pixels(dtype, engine, **settings):
     """Which pixels those are; value and gradient where they are taken out altogether, by the engine of the tests."""
-    closed = torch.zeros(1, 7, 8, dtype=torch.bool)
+    closed = torch.zeros(2, 9, 8, dtype=torch.bool)
     closed[0, 3:5, 2:6] = True
-    problem = make_problem((1, 3, 7, 8), dtype=dtype)
+    problem = make_problem((2, 3, 9, 8), dtype=dtype)
     problem.source = problem.destination = (~closed).to(dtype)
     return closed, *value_and_gradient(problem, lambda p: p.loss(impl=engine, **settings))
 
@@ -56,7 +56,7 @@ def without_closed_pixels(dtype, engine, **settings):
 def test_what_is_under_a_closed_gate_never_leaks(dtype, engine, poison, gates, under, from_logits, reduction):
     settings = {"reduction": reduction, "from_logits": from_logits}
     closed, expected_value, expected_gradient = without_closed_pixels(dtype, engine, **settings)
-    problem = make_problem((1, 3, 7, 8), gates=gates, dtype=dtype)
+    problem = make_problem((2, 3, 9, 8), gates=gates, dtype=dtype)
     for name in ("source", "destination"):
         if getattr(problem, name) is not None:
             setattr(problem, name, (~closed).to(dtype))
