@@ -70,10 +70,10 @@ def record_launches(
     With `tiles=False` those of the product with all columns, an offset at a time.
     """
     from gcrf_triton import triton_engine
-    from gcrf_triton.loss import parse_kernels
+    from gcrf_triton.checks import parse_kernels
     from gcrf_triton.op import accumulation_dtype
 
-    names, weights, sigmas = parse_kernels(kernels)
+    names, weights, sigmas = parse_kernels("kernels", kernels)
     n, _, height, width = shape
     input = torch.empty(*shape, dtype=dtype, device="meta")
     wide = accumulation_dtype(dtype)
@@ -424,11 +424,11 @@ def record_step(
 ) -> tuple[list[Launch], Operations]:
     """What one loss and its gradient launch on a GPU: kernels of Triton, and operations of PyTorch."""
     from gcrf_triton import gated_crf_loss
-    from gcrf_triton.loss import parse_kernels
+    from gcrf_triton.checks import parse_kernels
 
     n, _, height, width = shape
     input = torch.zeros(*shape, dtype=dtype, requires_grad=True)
-    names, _, _ = parse_kernels(kernels)
+    names, _, _ = parse_kernels("kernels", kernels)
     features = {name: torch.zeros(n, (channels or {}).get(name, 3), height, width) for name in names}
     gate = torch.ones(n, height, width, dtype=torch.bool) if gated else None
     with recorded(target) as launches, Operations() as operations:

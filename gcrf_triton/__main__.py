@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import __version__, tuning
-from .loss import KERNELS, gated_crf_loss, parse_kernels
+from .checks import parse_kernels
+from .loss import KERNELS, gated_crf_loss
 from .op import select_engine
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -94,7 +95,7 @@ def find_configuration(
 ) -> tuple[tuning.Key, dict[tuning.Config, float]]:
     """Print what the configurations of a problem cost, which is returned too, and keep the best of measured ones."""
     n, classes, height, width = shape
-    names, _, sigmas = parse_kernels(kernels)
+    names, _, sigmas = parse_kernels("kernels", kernels)
     channels = [3] * len(names) if channels is None else channels
     if len(channels) != len(names) or min(channels, default=1) < 1:
         raise ValueError(f"channels: expected {len(names)} numbers from 1, for {names}, got {list(channels)}")

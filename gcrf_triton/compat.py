@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .loss import check_prediction, check_tensor, gated_crf_loss, parse_kernels
+from .checks import (
+    advise_on_features,
+    advise_on_probabilities,
+    check_image,
+    check_prediction,
+    check_radius,
+    check_reverse_mode,
+    check_tensor,
+    parse_kernels,
+    prepare_compatibility,
+    prepare_feature,
+    prepare_gate,
+    shape,
+)
+from .loss import energy_of_pairs
 from .op import accumulation_dtype, ordered_sum
 
 Downsampler = Callable[[Tensor, tuple[int, int]], Tensor]
-OFFICIAL_NAMES = {
-    "input": "y_hat_softmax",
-    "kernels": "kernels_desc",
-    "radius": "kernels_radius",
-    "features": "sample",
-    "source": "mask_src",
-    "destination": "mask_dst",
-}
 
 
 class ModelLossSemsegGatedCRF(torch.nn.Module):
@@ -35,7 +39,7 @@ class ModelLossSemsegGatedCRF(torch.nn.Module):
 
     to the loss, a constant. Unlike there, arguments are never written to, a compatibility matrix works, sizes need not
     be multiples, images may be uint8, masks any dtype, and a NaN under a closed mask stays there. Kernel weights are
-    positive, the radius is at least 1, and the batch size of all tensors is the same.
+    not negative, and the batch size of all tensors is the same.
     """
 
     def forward(
@@ -56,17 +60,20 @@ class ModelLossSemsegGatedCRF(torch.nn.Module):
 
         Args:
             y_hat_softmax: class probabilities [N, C, H, W].
-            kernels_desc, kernels_radius, compatibility: `kernels`, `radius`, `compatibility` of `gated_crf_loss`.
+            kernels_desc, kernels_radius, compatibility: `kernels`, `radius`, `compatibility` of `gated_crf_loss`; here
+                numbers may be scalars of any kind, 0-dimensional tensors among them, and weights and the radius 0.
             sample: its `features`, of any size and with any other entries; or the image itself, for every modality.
             height_input, width_input: size of the visualisation; the loss does not depend on it.
             mask_src, mask_dst: source and destination masks [N, 1, h, w].
             custom_modality_downsamplers: name -> function(tensor, (H, W)), "mask" too; the default averages areas.
             out_kernels_vis: also draw the kernels of every (2 radius + 1)th pixel side by side.
         """
-        check_prediction("y_hat_softmax", y_hat_softmax)
+        prediction = check_prediction("y_hat_softmax", y_hat_softmax)
         downsamplers = custom_modality_downsamplers or {}
-        with _official_names():
-            names, weights, _ = parse_kernels(kernels_desc)
+        kernels = _with_numbers(kernels_desc)
+        names, weights, sigmas = parse_kernels("kernels_desc", kernels, zero_weights=True)
+        kernels = [kernel for kernel in kernels if kernel["weight"]]
+        radius = check_radius("kernels_radius", _number(kernels_radius), smallest=0)
         if not isinstance(sample, (Tensor, Mapping)):
             raise TypeError(f"sample: expected a mapping from names to tensors, got {type(sample).__name__}")
         images = dict.fromkeys(names, sample) if isinstance(sample, Tensor) else sample
@@ -77,75 +84,87 @@ class ModelLossSemsegGatedCRF(torch.nn.Module):
         features, gates = {}, []
         for name in names:
             check_tensor(f"sample[{name!r}]", images[name], "[N, F, h, w]", 4)
-            features[name] = _resample(name, images[name], y_hat_softmax, downsamplers)
-        for name, mask in (("mask_src", mask_src), ("mask_dst", mask_dst)):
+            image = _resample(f"sample[{name!r}]", name, images[name], prediction, downsamplers)
+            features[name] = prepare_feature(f"sample[{name!r}]", image, prediction)
+        for argument, mask in (("mask_src", mask_src), ("mask_dst", mask_dst)):
             if mask is not None:
-                check_tensor(name, mask, "[N, 1, h, w]", 4)
-                if mask.shape[2:] != y_hat_softmax.shape[2:]:
-                    mask = _resample("mask", mask, y_hat_softmax, downsamplers)
-                mask = mask.to(accumulation_dtype(y_hat_softmax.dtype))
+                mask = check_tensor(argument, mask, "[N, 1, h, w]", 4, prediction.device)
+                if mask.shape[2:] != prediction.shape[2:]:
+                    mask = _resample(argument, "mask", mask, prediction, downsamplers)
+                mask = mask.to(accumulation_dtype(prediction.dtype))
                 mask = mask.where(mask >= 1, 0.0)  # also where it is NaN
             gates.append(mask)
-        source, destination = gates
+        source, destination = (
+            prepare_gate(argument, gate, prediction)
+            for argument, gate in zip(("mask_src", "mask_dst"), gates, strict=True)
+        )
         if isinstance(compatibility, Tensor):
-            compatibility = compatibility.to(y_hat_softmax.device)
-        with _official_names():
-            loss = gated_crf_loss(
-                y_hat_softmax,
-                features,
-                kernels_desc,
-                kernels_radius,
-                source=source,
-                destination=destination,
-                compatibility=compatibility,
-            )
+            compatibility = compatibility.to(prediction.device)
+        mu = prepare_compatibility(compatibility, prediction)
+        check_reverse_mode("y_hat_softmax", prediction, *features.values(), source, destination, mu)
+        advise_on_probabilities("y_hat_softmax", prediction, "for logits pass their softmax")
+        advise_on_features([f"sample[{name!r}]" for name in names], list(features.values()), sigmas)
 
-        constant = source is None and compatibility is None
+        if kernels and radius:
+            pairs = (prediction, list(features.values()), source, destination, mu, False, weights, sigmas, radius)
+            loss = energy_of_pairs(*pairs)
+        else:
+            loss = prediction[:0].sum(dtype=accumulation_dtype(prediction.dtype))  # 0, with a gradient of 0
+        constant = source is None and compatibility is None and len(kernels) > 0
         if not constant and not out_kernels_vis:
             return {"loss": loss}
         for gate in gates:
             if gate is not None:  # what is not finite under it left the loss, and is drawn as 0
                 features = {name: image.where(image.isfinite() | (gate > 0), 0.0) for name, image in features.items()}
-        described = [_scaled_features(kernel, features, y_hat_softmax) for kernel in kernels_desc]
+        described = [_scaled_features(kernel, features, prediction) for kernel in kernels]
         if constant:
-            loss = loss + _border_constant(described, weights, kernels_radius, destination)
+            loss = loss + _border_constant(described, weights, radius, gates[1])
         if not out_kernels_vis:
             return {"loss": loss}
-        drawing = _draw_kernels(described, weights, kernels_radius, source, destination)
+        drawing = _draw_kernels(prediction, described, weights, radius, *gates)
         return {"loss": loss, "kernels_vis": F.interpolate(drawing, (height_input, width_input), mode="nearest")}
 
 
-@contextlib.contextmanager
-def _official_names() -> Iterator[None]:
-    # errors name the arguments as the caller wrote them
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        name, rest = re.split(r"(?!\w)", str(error), maxsplit=1)
-        raise type(error)(OFFICIAL_NAMES.get(name, name) + rest) from None
+def _number(value: Any) -> Any:
+    # of a scalar of PyTorch or NumPy; anything else as it is, for checks to name
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
-def _resample(name: str, tensor: Tensor, like: Tensor, downsamplers: Mapping[str, Downsampler]) -> Tensor:
+def _with_numbers(kernels: Any) -> Any:
+    if not isinstance(kernels, Sequence):
+        return kernels
+    return [
+        {name: _number(value) for name, value in kernel.items()} if isinstance(kernel, Mapping) else kernel
+        for kernel in kernels
+    ]
+
+
+def _resample(
+    argument: str, name: str, tensor: Tensor, like: Tensor, downsamplers: Mapping[str, Downsampler]
+) -> Tensor:
     # the caller's own function sees the tensor as it is
     size, dtype = (like.shape[2], like.shape[3]), accumulation_dtype(like.dtype)
     if name in downsamplers:
         tensor = downsamplers[name](tensor, size)
         if not isinstance(tensor, Tensor) or tensor.shape[2:] != size:
-            found = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            found = shape(tensor) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(
                 f"custom_modality_downsamplers[{name!r}]: expected [N, F, {size[0]}, {size[1]}], got {found}"
             )
-    scale = 255 if tensor.dtype == torch.uint8 and name != "mask" else 1
-    tensor = tensor.to(dtype) / scale
+    if name == "mask":
+        tensor = check_tensor(argument, tensor, "[N, 1, h, w]", 4, like.device).to(dtype)
+    else:
+        tensor = check_image(argument, tensor, like.device)
+        tensor = tensor.to(dtype) / (255 if tensor.dtype == torch.uint8 else 1)
     return tensor if tensor.shape[2:] == size else F.adaptive_avg_pool2d(tensor, size)
 
 
 def _scaled_features(kernel: Mapping[str, float], features: Mapping[str, Tensor], like: Tensor) -> Tensor:
     # every modality of a kernel divided by its sigma, xy as absolute coordinates [N, F, H, W]
     n, _, height, width = like.shape
-    y = torch.arange(height, device=like.device).view(1, 1, -1, 1).expand(n, 1, height, width)
-    x = torch.arange(width, device=like.device).expand(n, 1, height, width)
-    coordinates = torch.cat([x, y], dim=1).to(accumulation_dtype(like.dtype))
+    dtype = accumulation_dtype(like.dtype)
+    y, x = (torch.arange(length, dtype=dtype, device=like.device) for length in (height, width))
+    coordinates = torch.stack(torch.broadcast_tensors(x, y[:, None])).expand(n, 2, height, width)
     modalities = [(name, sigma) for name, sigma in kernel.items() if name != "weight"]
     return torch.cat([(coordinates if name == "xy" else features[name]) / sigma for name, sigma in modalities], dim=1)
 
@@ -159,21 +178,21 @@ def _border_constant(
     outside = (2 * radius + 1) ** 2 - y[:, None] * x  # n_i [H, W]
     gate = torch.ones_like(described[0][:, :1]) if destination is None else destination
     gate = gate * outside
-    similarity = sum(
-        weight * (-0.5 * feature.square().sum(1, keepdim=True)).exp()
-        for weight, feature in zip(weights, described, strict=True)
-    )
-    total = ordered_sum((gate * torch.as_tensor(similarity)).where(gate > 0, 0.0)[:, 0])
+    similarity = torch.zeros_like(gate)
+    for weight, feature in zip(weights, described, strict=True):
+        similarity = similarity + weight * (-0.5 * feature.square().sum(1, keepdim=True)).exp()
+    total = ordered_sum((gate * similarity).where(gate > 0, 0.0)[:, 0])
     return total / (max(gate.numel(), 1) if destination is None else ordered_sum(destination[:, 0]).clamp(min=1))
 
 
 def _positions_inside(length: int, radius: int, device: torch.device) -> Tensor:
     # how many of i - radius ... i + radius lie in 0 ... length - 1, for every i
-    i = torch.arange(length, device=device)
+    i = torch.arange(length, dtype=torch.int64, device=device)
     return 1 + i.clamp(max=radius) + i.flip(0).clamp(max=radius)
 
 
 def _draw_kernels(
+    prediction: Tensor,
     described: Sequence[Tensor],
     weights: Sequence[float],
     radius: int,
@@ -181,8 +200,8 @@ def _draw_kernels(
     destination: Tensor | None,
 ) -> Tensor:
     # every (2 radius + 1)th pixel's window, where its pixels are [N, 1, H, W]
-    n, _, height, width = described[0].shape
-    drawing = described[0].new_zeros(n, 1, height, width)
+    n, _, height, width = prediction.shape
+    drawing = prediction.new_zeros(n, 1, height, width, dtype=accumulation_dtype(prediction.dtype))
     if min(height, width) <= radius or not n:
         return drawing
     diameter = 2 * radius + 1

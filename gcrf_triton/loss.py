@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
-from .op import accumulation_dtype, area_average, check_impl, ordered_sum, pairwise_energy, prepare, readable
+from .checks import (
+    Kernel,
+    advise_on_features,
+    advise_on_logits,
+    advise_on_probabilities,
+    can_assert,
+    check_compatibility,
+    check_prediction,
+    check_radius,
+    check_reverse_mode,
+    check_tensor,
+    check_weight,
+    parse_kernels,
+    prepare_compatibility,
+    prepare_feature,
+    prepare_gate,
+    shape,
+)
+from .messages import warn_caller
+from .op import accumulation_dtype, check_impl, ordered_sum, pairwise_energy, prepare, readable
 
-Kernel = Mapping[str, float]
 Reduction = Literal["mean", "sum", "none"]
-SMALLEST, LARGEST = 1e-12, 1e12  # sigmas and weights whose squares and products float32 can hold
-TOLERANCE = 0.01  # of probabilities
 KERNELS: tuple[Kernel, ...] = ({"weight": 1.0, "xy": 6.0, "rgb": 0.1},)
 
 
@@ -80,28 +94,28 @@ def gated_crf_loss(
     Source: Obukhov, Georgoulis, Dai, Van Gool, Gated CRF Loss for Weakly Supervised Semantic Image Segmentation,
     arXiv 1906.04651.
     """
-    check_prediction("input", input)
-    if not torch.compiler.is_compiling() and unpack_dual(input).tangent is not None:
-        raise NotImplementedError("input: expected no forward-mode tangent: derivatives are in reverse mode only")
-    names, weights, sigmas = _check_settings(kernels, radius, from_logits, reduction, impl)
-    _warn_of_misunderstanding(input, from_logits)
-    radius = min(int(radius), 2**31 - 1)
+    input = check_prediction("input", input)
+    radius = _check_settings(radius, from_logits, reduction, impl)
+    names, weights, sigmas = parse_kernels("kernels", kernels)
     if not isinstance(features, Mapping):
         raise TypeError(f"features: expected a mapping from names to tensors, got {type(features).__name__}")
     missing = [name for name in names if name not in features]
     if missing:
         raise ValueError(f"features: kernels use {missing[0]!r}, got only {sorted(map(str, features)) or 'none'}")
 
-    guides = [_prepare_feature(f"features[{name!r}]", features[name], input) for name in names]
-    source = _prepare_gate("source", source, input)
-    destination = _prepare_gate("destination", destination, input)
-    mu = _prepare_compatibility(compatibility, input)
-    if reduction == "none":
-        return _energies(input, guides, source, destination, mu, from_logits, weights, sigmas, radius, impl)
-    mean, with_gradient = reduction == "mean", torch.is_grad_enabled() and input.requires_grad
-    return pairwise_energy(
-        input, guides, source, destination, mu, from_logits, weights, sigmas, radius, mean, with_gradient, impl
-    )[0]
+    full_names = [f"features[{name!r}]" for name in names]
+    guides = [prepare_feature(full, features[name], input) for full, name in zip(full_names, names, strict=True)]
+    source = prepare_gate("source", source, input)
+    destination = prepare_gate("destination", destination, input)
+    mu = prepare_compatibility(compatibility, input)
+    check_reverse_mode("input", input, *guides, source, destination, mu)
+    if from_logits:
+        advise_on_logits("input", input, "for probabilities leave out from_logits=True")
+    else:
+        advise_on_probabilities("input", input, "for logits pass from_logits=True")
+    advise_on_features(full_names, guides, sigmas)
+    pairs = (input, guides, source, destination, mu, from_logits, weights, sigmas, radius)
+    return energy_of_pairs(*pairs, reduction=reduction, impl=impl)
 
 
 class GatedCRFLoss(torch.nn.Module):
@@ -120,9 +134,10 @@ class GatedCRFLoss(torch.nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        _check_settings(kernels, radius, from_logits, reduction, impl)
+        _check_settings(radius, from_logits, reduction, impl)
+        parse_kernels("kernels", kernels)
         if compatibility is not None:
-            _check_compatibility(compatibility)
+            check_compatibility(compatibility)
         self.kernels, self.radius = tuple(dict(kernel) for kernel in kernels), radius
         self.register_buffer("compatibility", compatibility)
         self.from_logits, self.reduction, self.impl = from_logits, reduction, impl
@@ -168,41 +183,49 @@ def partial_cross_entropy(
     Raises:
         TypeError, ValueError: naming the argument; label values are checked on the CPU only.
     """
-    check_prediction("logits", logits)
-    check_tensor("labels", labels, "[N, H, W]", 3, logits.device)
+    logits = check_prediction("logits", logits)
+    labels = check_tensor("labels", labels, "[N, H, W]", 3, logits.device)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels: expected an integer tensor, got {labels.dtype}")
     classes = logits.shape[1]
     if labels.shape != logits.shape[:1] + logits.shape[2:]:
         same_batch = labels.shape[0] == logits.shape[0]
         hint = "; interpolate the logits to the labels, not the other way round" if same_batch else ""
-        raise ValueError(f"labels: expected {_shape(logits[:, 0])} as in logits, got {_shape(labels)}{hint}")
+        raise ValueError(f"labels: expected {shape(logits[:, 0])} as in logits, got {shape(labels)}{hint}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
-    if weight is not None:
-        check_tensor("weight", weight, "[C]", 1, logits.device)
-        _check_constant("weight", weight)
-        if weight.shape[0] != classes or weight.is_complex():
-            raise ValueError(f"weight: expected [{classes}] real numbers, got {weight.dtype} {_shape(weight)}")
-        _check_values("weight", weight)
+    dtype = accumulation_dtype(logits.dtype)
+    weight = weight if weight is None else check_weight(weight, logits).to(dtype)
+    if ignore_index == 255 < classes:
+        warn_caller(
+            f"ignore_index: expected a label that is no class, got 255 for {classes} classes: pixels of class 255 "
+            "count as unlabelled"
+        )
+    advise_on_logits("logits", logits, "pass what the network returns before its softmax")
+
     labels = labels.long()
     labelled = labels != ignore_index
-    if readable(labels):
-        wrong = labels[labelled & ((labels < 0) | (labels >= classes))]
-        if wrong.numel():
-            found = wrong.unique().tolist()[:8]
-            raise ValueError(f"labels: expected 0 to {classes - 1} or ignore_index={ignore_index}, got {found}")
+    if can_assert(labels) and labels.numel():
+        lowest, highest = labels.where(labelled, 0).aminmax()
+        torch._assert_async((lowest >= 0) & (highest < classes), _expected_labels(classes, ignore_index))
+    logarithms = torch.log_softmax(logits, dim=1, dtype=dtype) if readable(logits) else None
+    if logarithms is None or logarithms.detach()[:, 0].sum().isnan():
+        # whatever is under no label stays there, in the gradient too
+        logarithms = torch.log_softmax(logits.masked_fill(~labelled[:, None], 0), dim=1, dtype=dtype)
+    try:
+        errors = F.nll_loss(logarithms, labels, weight, ignore_index=ignore_index, reduction="none")  # [N, H, W]
+    except IndexError:
+        found = labels[labelled & ((labels < 0) | (labels >= classes))].unique().tolist()[:8]
+        raise ValueError(f"{_expected_labels(classes, ignore_index)}, got {found}") from None
+    total = labelled.sum() if weight is None else ordered_sum(weight[labels.where(labelled, 0)] * labelled)
+    return ordered_sum(errors) / total.where(total > 0, 1)
 
-    dtype = accumulation_dtype(logits.dtype)
-    labels = labels.where(labelled, 0)
-    seen = logits.masked_fill(~labelled[:, None], 0)  # whatever is under no label stays there
-    errors = -torch.log_softmax(seen, dim=1, dtype=dtype).gather(1, labels[:, None])[:, 0]  # [N, H, W]
-    mass = labelled.to(dtype) if weight is None else weight.to(dtype)[labels] * labelled
-    total = ordered_sum(mass)
-    return ordered_sum(errors * mass) / total.where(total > 0, 1.0)
+
+def _expected_labels(classes: int, ignore_index: int) -> str:
+    return f"labels: expected 0 to {classes - 1} or ignore_index={ignore_index}"
 
 
-def _energies(
+def energy_of_pairs(
     input: Tensor,
     features: list[Tensor],
     source: Tensor | None,
@@ -212,8 +235,14 @@ def _energies(
     weights: list[float],
     sigmas: list[float],
     radius: int,
-    impl: str,
+    reduction: Reduction = "mean",
+    impl: str = "auto",
 ) -> Tensor:
+    """The loss of arguments that have been checked."""
+    if reduction != "none":
+        settings = (from_logits, weights, sigmas, radius, reduction == "mean")
+        with_gradient = torch.is_grad_enabled() and input.requires_grad
+        return pairwise_energy(input, features, source, destination, mu, *settings, with_gradient, impl)[0]
     # e_i = d_i (sum_j k_ij s_j - p_i . sum_j k_ij s_j p_j) [N, H, W]: the ungated operator on the columns [s p | s]
     _, input, features, source, destination = prepare(input, features, source, destination, from_logits)
     dtype, classes = accumulation_dtype(input.dtype), input.shape[1]
@@ -234,145 +263,11 @@ def _energies(
     return energies if destination is None else destination * energies
 
 
-def _check_settings(
-    kernels: Sequence[Kernel], radius: int, from_logits: bool, reduction: str, impl: str
-) -> tuple[list[str], list[float], list[float]]:
+def _check_settings(radius: int, from_logits: bool, reduction: str, impl: str) -> int:
+    # the radius
     if not isinstance(from_logits, bool):
         raise TypeError(f"from_logits: expected a bool, got {type(from_logits).__name__}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     check_impl(impl)
-    if isinstance(radius, bool) or not isinstance(radius, Integral):
-        raise TypeError(f"radius: expected an int, got {type(radius).__name__}")
-    if radius < 1:
-        raise ValueError(f"radius: expected at least 1, got {radius}")
-    return parse_kernels(kernels)
-
-
-def parse_kernels(kernels: Sequence[Kernel]) -> tuple[list[str], list[float], list[float]]:
-    """Names of the features, weights, and one row [xy, *names] of sigmas a kernel, flattened, 0 where it has none."""
-    if not isinstance(kernels, Sequence) or isinstance(kernels, str):
-        raise TypeError(f"kernels: expected a sequence of mappings, got {type(kernels).__name__}")
-    if not kernels:
-        raise ValueError("kernels: expected at least one kernel, got none")
-    for m, kernel in enumerate(kernels):
-        if not isinstance(kernel, Mapping):
-            raise TypeError(f"kernels[{m}]: expected a mapping, got {type(kernel).__name__}")
-        if "weight" not in kernel or len(kernel) < 2:
-            raise ValueError(f"kernels[{m}]: expected a 'weight' and at least one modality, got {dict(kernel)}")
-        for name, value in kernel.items():
-            if not isinstance(name, str):
-                raise TypeError(f"kernels[{m}]: expected names of modalities, got {name!r}")
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise TypeError(f"kernels[{m}][{name!r}]: expected a number, got {type(value).__name__}")
-            if not SMALLEST <= value <= LARGEST:
-                raise ValueError(f"kernels[{m}][{name!r}]: expected a number from {SMALLEST} to {LARGEST}, got {value}")
-    names = list(dict.fromkeys(name for kernel in kernels for name in kernel if name not in ("weight", "xy")))
-    weights = [float(kernel["weight"]) for kernel in kernels]
-    return names, weights, [float(kernel.get(name, 0)) for kernel in kernels for name in ("xy", *names)]
-
-
-def _prepare_feature(name: str, feature: Tensor, input: Tensor) -> Tensor:
-    check_tensor(name, feature, "[N, F, h, w]", 4, input.device)
-    _check_constant(name, feature)
-    if not feature.is_floating_point() and feature.dtype != torch.uint8:
-        raise TypeError(f"{name}: expected floating point or uint8, got {feature.dtype}")
-    height, width = input.shape[2:]
-    if not feature.shape[1]:
-        raise ValueError(f"{name}: expected at least one channel, got {_shape(feature)}")
-    if feature.shape[0] != input.shape[0] or feature.shape[2] < height or feature.shape[3] < width:
-        raise ValueError(
-            f"{name}: expected [{input.shape[0]}, F, h, w] with h >= {height} and w >= {width} for an input of "
-            f"{_shape(input)}, got {_shape(feature)}"
-        )
-    if feature.shape[2:] == input.shape[2:]:
-        return feature
-    scaled = feature.to(accumulation_dtype(input.dtype))
-    return area_average(scaled / 255 if feature.dtype == torch.uint8 else scaled, height, width)
-
-
-def _prepare_gate(name: str, gate: Tensor | None, input: Tensor) -> Tensor | None:
-    if gate is None:
-        return None
-    if not isinstance(gate, Tensor) or gate.dim() != 3:
-        check_tensor(name, gate, "[N, H, W] or [N, 1, H, W]", 4, input.device)
-    check_tensor(name, gate, "[N, H, W] or [N, 1, H, W]", gate.dim(), input.device)
-    _check_constant(name, gate)
-    if gate.is_complex():
-        raise TypeError(f"{name}: expected bool, integer or floating point, got {gate.dtype}")
-    n, _, height, width = input.shape
-    if gate.shape not in ((n, height, width), (n, 1, height, width)):
-        raise ValueError(f"{name}: expected [{n}, {height}, {width}], with or without a channel, got {_shape(gate)}")
-    gate = gate.reshape(n, height, width)
-    _check_values(name, gate)
-    return gate
-
-
-def _prepare_compatibility(mu: Tensor | None, input: Tensor) -> Tensor | None:
-    if mu is None:
-        return None
-    _check_compatibility(mu, input.device)
-    classes = input.shape[1]
-    if mu.shape != (classes, classes):
-        raise ValueError(f"compatibility: expected [{classes}, {classes}] for {classes} classes, got {_shape(mu)}")
-    return (classes - 1) * F.normalize(mu.to(accumulation_dtype(input.dtype)), p=1, dim=1)
-
-
-def _check_compatibility(mu: Tensor, device: torch.device | None = None) -> None:
-    check_tensor("compatibility", mu, "[C, C]", 2, device)
-    _check_constant("compatibility", mu)
-    if mu.shape[0] != mu.shape[1]:
-        raise ValueError(f"compatibility: expected [C, C], got {_shape(mu)}")
-    if mu.is_complex():
-        raise TypeError(f"compatibility: expected real values, got {mu.dtype}")
-    _check_values("compatibility", mu)
-    if readable(mu) and mu.diagonal().any():
-        raise ValueError(f"compatibility: expected a zero diagonal, got {mu.diagonal().tolist()}")
-
-
-def check_prediction(name: str, prediction: Tensor) -> None:
-    """Raise unless `prediction` is [N, C, H, W] of a dtype the loss is computed in."""
-    check_tensor(name, prediction, "[N, C, H, W]", 4)
-    if prediction.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"{name}: expected float64, float32, float16 or bfloat16, got {prediction.dtype}")
-    if 0 in prediction.shape[1:]:
-        raise ValueError(f"{name}: expected at least one class and one pixel, got {_shape(prediction)}")
-
-
-def _warn_of_misunderstanding(input: Tensor, from_logits: bool) -> None:
-    if from_logits and input.shape[1] == 1 and not torch.compiler.is_compiling():
-        warnings.warn(
-            "input: expected logits of classes, got one, of which softmax makes 1: the loss is 0", stacklevel=3
-        )
-    elif not from_logits and readable(input) and input.numel():
-        lowest, highest = input.detach().aminmax()
-        if lowest < -TOLERANCE or highest > 1 + TOLERANCE:
-            found = f"{lowest.item():g} to {highest.item():g}"
-            warnings.warn(f"input: expected probabilities, got {found}; for logits pass from_logits=True", stacklevel=3)
-
-
-def _check_values(name: str, tensor: Tensor) -> None:
-    # finite and not negative
-    if readable(tensor) and (wrong := ~((tensor >= 0) & tensor.isfinite())).any():
-        raise ValueError(f"{name}: expected finite values >= 0, got {tensor[wrong][0].item()}")
-
-
-def check_tensor(name: str, tensor: Tensor, form: str, dim: int, device: torch.device | None = None) -> None:
-    """Raise unless `tensor` is one of `dim` dimensions on `device`."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor {form}, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got {tensor.layout}")
-    if tensor.dim() != dim:
-        raise ValueError(f"{name}: expected {form}, got {_shape(tensor)}")
-    if device is not None and tensor.device != device:
-        raise ValueError(f"{name}: expected on {device} as the prediction, got on {tensor.device}")
-
-
-def _check_constant(name: str, tensor: Tensor) -> None:
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name}: expected a constant, got one that requires grad and would get none: pass .detach()")
-
-
-def _shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)
+    return check_radius("radius", radius)

@@ -7,19 +7,20 @@ import importlib
 import importlib.util
 import math
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 
 from . import torch_engine
+from .messages import warn_caller
 
 IMPLS = ("auto", "triton", "torch")
 GROUP_VALUES = 700_000  # what lies between these and their gradient stays in cache
-HALF_LIMIT = 2**14  # float16 ends at 2^16, and a gradient is at most twice the mass of a kernel
+HALF_LIMIT = 2**14  # float16 ends at 2^16, and without a matrix a gradient is at most twice the mass of a kernel
 
 
 def check_impl(impl: str) -> None:
@@ -44,7 +45,7 @@ def select_engine(impl: str, device: torch.device) -> str:
     if reason is None:
         return "triton"
     if impl == "auto":
-        warnings.warn(f"{reason}; the PyTorch engine, which is slower, takes its place", stacklevel=2)
+        warn_caller(f"{reason}; the PyTorch engine, which is slower, takes its place")
         return "torch"
     raise ValueError(f"impl: 'triton' cannot run on {device}: {reason}; impl='torch' runs everywhere")
 
@@ -109,7 +110,7 @@ def compute(
         and what further derivatives need, the features and with gates both of them, [N, K, H, W] in the accumulation
         dtype. Differentiable in `input` any number of times.
     """
-    gradient = _empty_gradient(input, source, destination, weights, radius, mean, with_gradient)
+    gradient = _empty_gradient(input, source, destination, compatibility, weights, radius, mean, with_gradient)
     unit = float(_pixels(input)) if mean and gradient.dtype == torch.float16 else 1.0
     radius = min(radius, max(*input.shape[2:], 1) - 1)
     factor = 1 / max(_pixels(input), 1) if mean and source is None and destination is None else 1.0
@@ -203,10 +204,17 @@ def prepare(
     return constants, input.masked_fill(columns, 0), features, s, d
 
 
+def holds_values(tensor: Tensor) -> bool:
+    """Whether values lie in the tensor itself: not while compiling, nor in fake tensors and wrappers of torch.func."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    wrapped = is_functorch_wrapped_tensor(tensor) or is_legacy_batchedtensor(tensor)
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not wrapped
+
+
 def readable(tensor: Tensor) -> bool:
     """Whether values can be looked at without waiting for a device or breaking a graph."""
-    ordinary = type(tensor) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
-    return tensor.device.type == "cpu" and ordinary and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    return tensor.device.type == "cpu" and holds_values(tensor)
 
 
 def _groups(images: int, *shape: int) -> list[slice]:
@@ -219,15 +227,16 @@ def _empty_gradient(
     input: Tensor,
     source: Tensor | None,
     destination: Tensor | None,
+    compatibility: Tensor | None,
     weights: Sequence[float],
     radius: int,
     mean: bool,
     with_gradient: bool,
 ) -> Tensor:
     dtype = input.dtype
-    if dtype == torch.float16:  # neither how large gates are is known, nor how small their sum
+    if dtype == torch.float16:  # neither how large a matrix and gates are is known, nor how small the sum of a gate
         weighted = any(gate is not None and (mean or gate.dtype != torch.bool) for gate in (source, destination))
-        if weighted or sum(weights) * (2 * radius + 1) ** 2 > HALF_LIMIT:
+        if compatibility is not None or weighted or sum(weights) * (2 * radius + 1) ** 2 > HALF_LIMIT:
             dtype = torch.float32
     return torch.empty_like(input, dtype=dtype) if with_gradient else input.new_empty(0, dtype=dtype)
 
@@ -303,7 +312,7 @@ def _fake(
     dtype, gated = accumulation_dtype(input.dtype), source is not None or destination is not None
     n, _, height, width = input.shape
     channels = sum(feature.shape[1] for feature in features) + 2 * gated
-    gradient = _empty_gradient(input, source, destination, weights, radius, mean, with_gradient)
+    gradient = _empty_gradient(input, source, destination, compatibility, weights, radius, mean, with_gradient)
     return input.new_empty((), dtype=dtype), gradient, input.new_empty(n, channels, height, width, dtype=dtype)
 
 
@@ -338,7 +347,7 @@ def _differentiate(ctx, grad_energy: Tensor | None, grad_gradient: Tensor | None
     if grad_gradient is None:
         if factor is None:
             return None
-        if torch.is_grad_enabled() or type(gradient) is not Tensor:
+        if torch.is_grad_enabled() or not (holds_values(gradient) and holds_values(factor)):
             return (factor * gradient.to(factor.dtype)).to(ctx.dtype)
         # one pass, computed in float32: in halves a small factor would be rounded
         return torch.mul(gradient, factor.view(1, 1, 1, 1), out=torch.empty_like(gradient, dtype=ctx.dtype))

@@ -12,9 +12,10 @@ import os
 import pathlib
 import re
 import threading
-import warnings
 from collections.abc import Iterator
 from typing import Any
+
+from .messages import warn_caller
 
 SCHEMA = 1
 KEYS = 16  # pixels of the halo that a tile meets at a time
@@ -198,7 +199,7 @@ def _read(path: pathlib.Path, key: Key) -> Config | None:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        warnings.warn(f"{path} holds no configurations of this version ({reason}) and is ignored", stacklevel=2)
+        warn_caller(f"{path} holds no configurations of this version ({reason}) and is ignored")
         return None
 
 

@@ -221,7 +221,7 @@ def test_a_nan_under_a_closed_mask_stays_there():
         (ValueError, r"mask_dst: expected \[2, 6, 7\]", {"mask_dst": torch.ones(2, 2, 6, 7)}),
         (ValueError, r"kernels_desc\[0\]: expected a 'weight'", {"kernels_desc": [{"rgb": 0.1, "xy": 6.0}]}),
         (TypeError, "kernels_desc: expected a sequence", {"kernels_desc": None}),
-        (ValueError, "kernels_radius: expected at least 1", {"kernels_radius": 0}),
+        (ValueError, "kernels_radius: expected at least 0", {"kernels_radius": -1}),
         (TypeError, "kernels_radius: expected an int", {"kernels_radius": 5.0}),
         (TypeError, "compatibility: expected a tensor", {"compatibility": [[0, 1], [1, 0]]}),
         (
