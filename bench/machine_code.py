@@ -98,8 +98,8 @@ def record_launches(
 @contextlib.contextmanager
 def recorded(target: str) -> Iterator[list[Launch]]:
     """Context in which tensors of any device are taken for a target's, and launches are only noted."""
+    from gcrf_triton import checks, loss, triton_engine
     from gcrf_triton import kernels as module
-    from gcrf_triton import loss, triton_engine
 
     launches: list[Launch] = []
 
@@ -115,7 +115,7 @@ def recorded(target: str) -> Iterator[list[Launch]]:
             stack.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name))))
         stack.enter_context(mock.patch.object(triton_engine, "device_and_arch", lambda device: (target, target)))
         stack.enter_context(mock.patch.object(triton_engine, "unavailable", lambda device: None))
-        for place in (loss, op):
+        for place in (checks, loss, op):
             stack.enter_context(mock.patch.object(place, "readable", lambda tensor: False))
         yield launches
 
@@ -278,14 +278,23 @@ def _executed(text: str, launch: Launch) -> tuple[list[str], list[float], list[b
             labels[label[1]] = len(instructions)
         elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?(\S+)(.*);", line):
             instructions.append(instruction[1] + instruction[2])
-    loops = []
+    loops, skips = [], []
     for place, instruction in enumerate(instructions):
         jump = re.search(r"\((\.L_x_\d+)\)", instruction)
-        if instruction.startswith("BRA") and jump and labels.get(jump[1], math.inf) <= place:
-            if labels[jump[1]] == place:  # what fills up the end of a kernel
-                instructions[place] = "NOP"
-            else:
-                loops.append((labels[jump[1]], place))
+        if not instruction.startswith("BRA") or jump is None or jump[1] not in labels:
+            continue
+        target = labels[jump[1]]
+        if target == place:  # what fills up the end of a kernel
+            instructions[place] = "NOP"
+        elif target < place:
+            loops.append((target, place))
+        else:
+            skips.append((place, target))
+    # a loop that is jumped over is that of images whose features span too much, which this leaves out
+    for start, target in skips:
+        if any(start < first and last < target for first, last in loops):
+            instructions[start + 1 : target] = ["NOP"] * (target - start - 1)
+            loops = [loop for loop in loops if not start < loop[0] < target]
     depths = [sum(first <= place <= last for first, last in loops) for place in range(len(instructions))]
     trips = _trips(launch, instructions, loops, depths)
     powers = [place for place, instruction in enumerate(instructions) if instruction.startswith("MUFU.EX2")]

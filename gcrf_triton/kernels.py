@@ -11,6 +11,7 @@ SLOTS = tl.constexpr(16)  # of a set of features: the depth of a tensor-core pro
 KEYS = tl.constexpr(16)  # pixels of the halo that a tile meets at a time
 LOG2_E = tl.constexpr(1.4426950408889634)
 NORM = tl.constexpr(1024.0)  # brings squares below 2^26 into the range of halves; larger ones become infinite
+LARGEST_UNIT = tl.constexpr(2.0)  # log2: squares of 2^10 such units fit into halves, times NORM
 LARGEST_VALUE = tl.constexpr(14)  # log2 of the largest value as a half; halves end at 2^16
 
 
@@ -209,8 +210,12 @@ def pack(
     features are 0. Where a channel or a value (after softmax) is not finite and a gate is closed, values, features and
     both gates are 0: the pixel leaves the sum.
 
-    Program (0, n) also writes scales [images, 2]: what undoes the scale of the gates, with MEAN divided by the sum of
-    the gates over all images (at least 1), and, without softmax, what undoes that of the values. Program (0, 0) writes,
+    Where the features of an image span too much for that, 2^13 / sqrt(log2(e) / 2) sigmas or more, a set has its three
+    channels as they are instead, in float32.
+
+    Program (0, n) also writes scales [images, 3]: what undoes the scale of the gates, with MEAN divided by the sum of
+    the gates over all images (at least 1); without softmax, what undoes that of the values; and 1 if the features are
+    as they are, else 0. Program (0, 0) writes,
     for every kernel, its term along y (as a power of two if it is LINEAR, without features), along_y [kernels, ROWS],
     with offset 0 at ROWS // 2; and partners [3, 16, 16], which turn a pixel's own slots into what meets those of
     others: 2 h.h' - |h|^2 - |h'|^2, then 2 l.h' + 2 h.l' + 2 l.l' - b - b', and s d' + d s'.
@@ -285,13 +290,16 @@ def pack(
         )  # fmt: skip
         tl.store(record + N_SETS * SLOTS + tl.arange(0, SLOTS)[None, :], slots, mask=written)
 
+    largest_unit = LARGEST_UNIT
     for g in tl.static_range(N_SETS):
         bound = 0.0
         for k in tl.static_range(3 * g, 3 * g + 3):
             if CHANNEL[k] >= 0:
                 _, half = _middle(summary, CHANNEL[k], PARTS)
                 bound = tl.maximum(half * factors[k], bound)
-        unit_exponent = tl.minimum(tl.maximum(_exponent_above(bound) - 10, -8.0), 2.0)
+        unit_exponent = tl.maximum(_exponent_above(bound) - 10, -8.0)
+        largest_unit = tl.maximum(unit_exponent, largest_unit)
+        unit_exponent = tl.minimum(unit_exponent, LARGEST_UNIT)
         unit, units = tl.exp2(unit_exponent), tl.exp2(-unit_exponent)
         coarse, fine = (), ()
         norm, rest = tl.zeros((PIXELS,), tl.float32), tl.zeros((PIXELS,), tl.float32)
@@ -325,15 +333,25 @@ def pack(
                 mass += tl.sum(sums)
                 other += 1
             gate_scale /= tl.maximum(mass, 1.0)
-        tl.store(scales + 2 * n, gate_scale)
+        tl.store(scales + 3 * n, gate_scale)
         if not SOFTMAX:
-            tl.store(scales + 2 * n + 1, tl.exp2(value_exponent - LARGEST_VALUE))
+            tl.store(scales + 3 * n + 1, tl.exp2(value_exponent - LARGEST_VALUE))
+        tl.store(scales + 3 * n + 2, tl.where(largest_unit > LARGEST_UNIT, 1.0, 0.0))
         if tl.program_id(1) == 0:
             offset = tl.arange(0, ROWS) - ROWS // 2
             for m in tl.static_range(len(LINEAR)):
                 term = tl.where(tl.abs(offset) <= RADIUS, -xy[m] * (offset * offset).to(tl.float32), float("-inf"))
                 tl.store(along_y + m * ROWS + tl.arange(0, ROWS), tl.exp2(term) if LINEAR[m] else term)
             _write_partners(partners)
+
+    if largest_unit > LARGEST_UNIT:
+        tl.debug_barrier()  # over what other threads have written
+        floats = record.to(tl.pointer_type(tl.float32), bitcast=True)
+        for k in tl.static_range(3 * N_SETS):
+            feature = tl.zeros((PIXELS,), tl.float32)
+            if CHANNEL[k] >= 0:
+                feature = tl.load(constants + CHANNEL[k] * plane + own, mask=seen, other=0.0)
+            tl.store(floats + (k // 3 * SLOTS // 2 + k % 3), feature[:, None], mask=written)
 
 
 @triton.jit
@@ -399,6 +417,7 @@ def sum_tile(
     energies,
     log2_weights,
     xy,
+    factors,
     kernel_scale,
     result_scale,
     first,
@@ -440,6 +459,7 @@ def sum_tile(
     It walks their halo, KEYS pixels of a row at a time. The terms along x and y and two products of packed features
     give exponents [PIXELS, KEYS]; their powers of two, gated, multiply the values [KEYS, columns]: high by high, and
     with SPLIT low by high and high by low. Sums are in float32, in the order of columns of KEYS pixels, then of rows.
+    Where the features of an image are as they are, it takes their differences, pixel by pixel of the halo.
 
     Writes the product G = S p (MODE "product"); or an energy a program and, with RESULT, the gradient: of
     sum_i (S 1)_i - p_i.G_i by p ("probabilities"), of sum_i p_i.(1 - I) G_i by the logits of p ("logits"). The latter
@@ -460,46 +480,102 @@ def sum_tile(
     corner = (image * padded_height + row0) * line + (x0 + MARGIN - RADIUS)  # upper left of the halo
     own = (py + RADIUS).to(OFFSET) * pitch + (px + RADIUS)
     records += corner * RECORD
-    high: tl.constexpr = (N_SETS + GATED) * SLOTS
-    low: tl.constexpr = (RECORD + high) // 2
 
-    coarse, fine = (), ()
-    partner = partners + slot[:, None] * SLOTS + slot[None, :]
-    for s in tl.static_range(N_SETS):
-        mine = tl.load(records + (own * RECORD)[:, None] + (slot + s * SLOTS)[None, :])
-        coarse = coarse + (tl.dot(mine, tl.load(partner)).to(tl.float16),)
-        fine = fine + (tl.dot(mine, tl.load(partner + SLOTS * SLOTS)).to(tl.float16),)
-
-    gate = None
-    if GATED:
-        mine = tl.load(records + (own * RECORD)[:, None] + (slot + N_SETS * SLOTS)[None, :])
-        gate = tl.dot(mine, tl.load(partner + 2 * SLOTS * SLOTS)).to(tl.float16)
-    sums = ()
-    for b in tl.static_range(len(BLOCKS)):
-        sums = sums + (_zeros(PIXELS, BLOCKS[b]),)
-    if UNROLL:
-        for chunk in tl.static_range(0, TILE_X + 2 * RADIUS, KEYS):
-            along_x = _along_x(log2_weights, xy, key + (chunk - RADIUS), px, SETS, RADIUS)
-            for row in tl.static_range(TILE_Y + 2 * RADIUS):
-                sums = _sum_row(
-                    sums, row, records + chunk * RECORD + row * line * RECORD, along_y, along_x, coarse, fine, gate,
-                    key + (chunk - RADIUS), px, py, SETS, FIRST_SET, N_SETS, GATED, SPLIT,
-                    (row >= RADIUS) & (row < RADIUS + TILE_Y), BLOCKS, FIRST, RECORD, RADIUS, ROWS,
-                )  # fmt: skip
+    if tl.load(scales + 3 * n + 2) > 0:
+        sums = _sum_differences(
+            records, own, log2_weights, xy, factors, pitch, px, py, SETS, FIRST_SET, N_SETS, GATED, SPLIT, BLOCKS,
+            FIRST, RECORD, RADIUS, OFFSET, TILE_Y, TILE_X,
+        )  # fmt: skip
+        _finish_tile(
+            sums, records, own, py, px, y0, x0, result, energies, scales, kernel_scale, result_scale, n, height, width,
+            top, tiles_y, stride_n, stride_c, stride_y, stride_x, COUNT, ORDER, UNIT, OFFSET, MODE, RESULT, N_SETS,
+            GATED, SPLIT, BLOCKS, FIRST, RECORD, TILE_Y, PIXELS,
+        )  # fmt: skip
     else:
-        for chunk in range(0, TILE_X + 2 * RADIUS, KEYS):
-            along_x = _along_x(log2_weights, xy, key + (chunk - RADIUS), px, SETS, RADIUS)
-            for part in tl.static_range(3):  # the rows above the tile, its own, and those below
-                for row in range(
-                    RADIUS * (part > 0) + TILE_Y * (part > 1),
-                    RADIUS + TILE_Y * (part > 0) + RADIUS * (part > 1),
-                ):
+        coarse, fine = (), ()
+        partner = partners + slot[:, None] * SLOTS + slot[None, :]
+        for s in tl.static_range(N_SETS):
+            mine = tl.load(records + (own * RECORD)[:, None] + (slot + s * SLOTS)[None, :])
+            coarse = coarse + (tl.dot(mine, tl.load(partner)).to(tl.float16),)
+            fine = fine + (tl.dot(mine, tl.load(partner + SLOTS * SLOTS)).to(tl.float16),)
+
+        gate = None
+        if GATED:
+            mine = tl.load(records + (own * RECORD)[:, None] + (slot + N_SETS * SLOTS)[None, :])
+            gate = tl.dot(mine, tl.load(partner + 2 * SLOTS * SLOTS)).to(tl.float16)
+        sums = ()
+        for b in tl.static_range(len(BLOCKS)):
+            sums = sums + (_zeros(PIXELS, BLOCKS[b]),)
+        if UNROLL:
+            for chunk in tl.static_range(0, TILE_X + 2 * RADIUS, KEYS):
+                along_x = _along_x(log2_weights, xy, key + (chunk - RADIUS), px, SETS, RADIUS)
+                for row in tl.static_range(TILE_Y + 2 * RADIUS):
                     sums = _sum_row(
                         sums, row, records + chunk * RECORD + row * line * RECORD, along_y, along_x, coarse, fine, gate,
-                        key + (chunk - RADIUS), px, py, SETS, FIRST_SET, N_SETS, GATED, SPLIT, part == 1, BLOCKS, FIRST,
-                        RECORD, RADIUS, ROWS,
+                        key + (chunk - RADIUS), px, py, SETS, FIRST_SET, N_SETS, GATED, SPLIT,
+                        (row >= RADIUS) & (row < RADIUS + TILE_Y), BLOCKS, FIRST, RECORD, RADIUS, ROWS,
                     )  # fmt: skip
+        else:
+            for chunk in range(0, TILE_X + 2 * RADIUS, KEYS):
+                along_x = _along_x(log2_weights, xy, key + (chunk - RADIUS), px, SETS, RADIUS)
+                for part in tl.static_range(3):  # the rows above the tile, its own, and those below
+                    for row in range(
+                        RADIUS * (part > 0) + TILE_Y * (part > 1),
+                        RADIUS + TILE_Y * (part > 0) + RADIUS * (part > 1),
+                    ):
+                        sums = _sum_row(
+                            sums, row, records + chunk * RECORD + row * line * RECORD, along_y, along_x, coarse, fine,
+                            gate, key + (chunk - RADIUS), px, py, SETS, FIRST_SET, N_SETS, GATED, SPLIT, part == 1,
+                            BLOCKS, FIRST, RECORD, RADIUS, ROWS,
+                        )  # fmt: skip
+        _finish_tile(
+            sums, records, own, py, px, y0, x0, result, energies, scales, kernel_scale, result_scale, n, height, width,
+            top, tiles_y, stride_n, stride_c, stride_y, stride_x, COUNT, ORDER, UNIT, OFFSET, MODE, RESULT, N_SETS,
+            GATED, SPLIT, BLOCKS, FIRST, RECORD, TILE_Y, PIXELS,
+        )  # fmt: skip
 
+
+@triton.jit
+def _finish_tile(
+    sums,
+    records,
+    own,
+    py,
+    px,
+    y0,
+    x0,
+    result,
+    energies,
+    scales,
+    kernel_scale,
+    result_scale,
+    n,
+    height,
+    width,
+    top,
+    tiles_y,
+    stride_n,
+    stride_c,
+    stride_y,
+    stride_x,
+    COUNT: tl.constexpr,
+    ORDER: tl.constexpr,
+    UNIT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    MODE: tl.constexpr,
+    RESULT: tl.constexpr,
+    N_SETS: tl.constexpr,
+    GATED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    FIRST: tl.constexpr,
+    RECORD: tl.constexpr,
+    TILE_Y: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    # writes the energy and the gradient, or the product, of the sums of a tile
+    high: tl.constexpr = (N_SETS + GATED) * SLOTS
+    low: tl.constexpr = (RECORD + high) // 2
     inside = (py < TILE_Y) & (y0 + py < height) & (x0 + px < width)
     column, right = _stride(stride_c, UNIT, ORDER == "channels"), _stride(stride_x, UNIT, ORDER == "columns")
     down = _stride(stride_y, UNIT, False)
@@ -508,9 +584,9 @@ def sum_tile(
     # back to the units of the caller: of a value, and of a sum of kernels
     value_scale = 2.0**-LARGEST_VALUE
     if MODE != "logits":
-        value_scale = tl.load(scales + 2 * n + 1)
+        value_scale = tl.load(scales + 3 * n + 1)
     if GATED:
-        kernel_scale *= tl.load(scales + 2 * n)
+        kernel_scale *= tl.load(scales + 3 * n)
     scale = kernel_scale * value_scale * result_scale
     mean, largest, mine = None, None, ()
     if MODE != "product":
@@ -669,6 +745,77 @@ def _kernel(
             rest = tl.dot(fine[s], tl.load(operand + s * SLOTS), rest)
         term = tl.exp2(tl.fma(whole, 1.0, rest) if SPLIT else rest)  # a sum would be folded into the product
     return term
+
+
+@triton.jit
+def _sum_differences(
+    records,
+    own,
+    log2_weights,
+    xy,
+    factors,
+    pitch,
+    px,
+    py,
+    SETS: tl.constexpr,
+    FIRST_SET: tl.constexpr,
+    N_SETS: tl.constexpr,
+    GATED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    FIRST: tl.constexpr,
+    RECORD: tl.constexpr,
+    RADIUS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr,
+):
+    # the sums of a tile over its halo, whose records have features as they are
+    high: tl.constexpr = (N_SETS + GATED) * SLOTS
+    low: tl.constexpr = (RECORD + high) // 2
+    mine = records + own * RECORD
+    sums = ()
+    for b in tl.static_range(len(BLOCKS)):
+        sums = sums + (tl.zeros((px.shape[0], BLOCKS[b]), tl.float32),)
+    for step in tl.range(0, (TILE_Y + 2 * RADIUS) * (TILE_X + 2 * RADIUS), num_stages=1):
+        row, column = step // (TILE_X + 2 * RADIUS), step % (TILE_X + 2 * RADIUS)
+        other = records + ((tl.zeros((1,), OFFSET) + row) * pitch + column) * RECORD
+        dy, dx = (row - RADIUS - py).to(tl.float32), (column - RADIUS - px).to(tl.float32)
+        squared = dy * dy + dx * dx
+        met = (tl.abs(dy) <= RADIUS) & (tl.abs(dx) <= RADIUS) & (squared > 0)
+        kernel = tl.zeros_like(squared)
+        for m in tl.static_range(len(SETS)):
+            exponent = log2_weights[m] - xy[m] * squared
+            for s in tl.static_range(FIRST_SET[m], FIRST_SET[m] + SETS[m]):
+                for k in tl.static_range(3):
+                    difference = _feature(mine, s, k) - _feature(other, s, k)
+                    difference *= factors[3 * s + k]
+                    exponent -= difference * difference
+            kernel += tl.exp2(exponent)
+        kernel = tl.where(met, kernel, 0.0)
+        if GATED:
+            gates = _gate(mine, N_SETS, 0) * _gate(other, N_SETS, 2) + _gate(mine, N_SETS, 2) * _gate(other, N_SETS, 0)
+            kernel *= gates
+        updated = ()
+        for b in tl.static_range(len(BLOCKS)):
+            value = other + (tl.arange(0, BLOCKS[b]) + FIRST[b])
+            v = tl.load(value + high).to(tl.float32)
+            if SPLIT:
+                v += tl.load(value + low).to(tl.float32)
+            updated = updated + (sums[b] + kernel[:, None] * v[None, :],)
+        sums = updated
+    return sums
+
+
+@triton.jit
+def _feature(record, s: tl.constexpr, k: tl.constexpr):
+    return tl.load(record.to(tl.pointer_type(tl.float32), bitcast=True) + (s * SLOTS // 2 + k))
+
+
+@triton.jit
+def _gate(record, s: tl.constexpr, place: tl.constexpr):
+    high, low = tl.load(record + (s * SLOTS + place)), tl.load(record + (s * SLOTS + place + 1))
+    return high.to(tl.float32) + low.to(tl.float32)
 
 
 @triton.jit

@@ -232,7 +232,7 @@ def _sum_tiles(
     padded_height = plan.tile_rows * config.tile_y + 2 * radius
     constants = empty(batch, sum(counts) + 2 * gated, height, width)
     summary = empty(batch, plan.rows, plan.prepare["PARTS"])
-    scales = empty(batch, 2)
+    scales = empty(batch, 3)
     along_y = empty(len(weights), plan.pack["ROWS"])
     partners = empty(3, 16, 16, dtype=torch.float16)
     energies = empty(batch * plan.tiles_y * plan.tiles_x if mode != "product" else 0)
@@ -289,6 +289,7 @@ def _sum_tiles(
                 energies,
                 plan.weights,
                 plan.xy,
+                plan.factors,
                 plan.kernel_scale,
                 result_scale,
                 first,

@@ -237,6 +237,41 @@ def test_features_that_span_much():
     assert_close(problem, from_logits=True)
 
 
+FAR = {
+    "an outlier": lambda rgb: rgb[0, 0, 3, 3].fill_(3e38),
+    "two regions": lambda rgb: rgb[..., 4:].add_(2000),
+    "every value": lambda rgb: rgb.mul_(2**16).round_(),
+    "both ends of float32": lambda rgb: rgb[..., 4:].sub_(0.5).mul_(3e38),
+}
+
+
+@pytest.mark.parametrize("change", FAR.values(), ids=FAR)
+@pytest.mark.parametrize(
+    "kernels, gates, dtype, settings",
+    [
+        ("rgb-xy", "", torch.float32, {"from_logits": True}),
+        ("two modalities", "sd", torch.float32, {}),
+        ("rgb", "s", torch.bfloat16, {"reduction": "none"}),
+    ],
+)
+def test_features_that_span_more_than_records_can_pack(kernels, gates, dtype, settings, change):
+    problem = make_problem((2, 5, 6, 7), KERNELS[kernels], 2, gates, dtype=torch.float32)
+    change(problem.features["rgb"])
+    if gates:
+        problem.features["rgb"][0, :, 5, 5], problem.source[0, 5, 5] = float("inf"), 0
+    problem.probabilities = problem.probabilities.to(dtype)
+    with tuning.use_config(tuning.Config(8, 8)):
+        assert_close(problem, **settings)
+
+
+def test_one_image_that_spans_much_leaves_the_others_as_they_are():
+    problem = make_problem((3, 3, 6, 7), dtype=torch.float32)
+    ordinary = problem.loss(reduction="none")
+    problem.features["rgb"][1] *= 1e6
+    found = problem.loss(reduction="none")
+    assert torch.equal(found[::2], ordinary[::2]) and not torch.equal(found[1], ordinary[1])
+
+
 CONFIGS = [
     tuning.Config(tile_y, tile_x, 128, unroll)
     for (tile_y, tile_x), unroll in itertools.product([(5, 6), (4, 4), (8, 4), (2, 8), (3, 5)], [True, False])
