@@ -137,15 +137,72 @@ def test_refuses_strokes_of_fewer_than_two_classes(folder: Path, value: int, cou
     Image.new("L", (WIDTH, HEIGHT), value).save(folder / "plain.png")
     message = refusal(folder, scribbles="plain.png")
     assert "plain.png: expected strokes of 2 to 64 classes" in message and f"got {count}" in message
+    assert "what nobody drew is 255 in a palette or greyscale picture" in message
 
 
-def test_refuses_strokes_with_blurred_colours(folder: Path) -> None:
-    assert "expected strokes of 2 to 64 classes" in refusal(folder, scribbles="photo.png")
+def test_refuses_blurred_colours(folder: Path) -> None:
+    with Image.open(folder / "photo.png") as photo:
+        photo.save(folder / "photo.jpg")
+    for name, reason in (("photo.png", "antialiased brushes and JPEG"), ("photo.jpg", "got JPEG")):
+        advice = "draw without antialiasing and save as PNG"
+        assert reason in (message := refusal(folder, scribbles=name)) and advice in message
+        assert reason in (message := refusal(folder, "--truth", str(folder / name))) and advice in message
+    assert "expected strokes of 2 to 64 classes, got 1" in refusal(folder, scribbles="photo.png")
+
+
+def coloured(canvas: tuple[int, int, int], *strokes: tuple[int, int, int]) -> np.ndarray:
+    """Columns of colour on a canvas."""
+    pixels = np.full((HEIGHT, WIDTH, 3), canvas, np.uint8)
+    for number, colour in enumerate(strokes):
+        pixels[:, number] = colour
+    return pixels
+
+
+def grey(canvas: int, *strokes: int) -> np.ndarray:
+    return coloured((canvas,) * 3, *((value,) * 3 for value in strokes))[..., 0]
+
+
+BLACK, WHITE, RED, BLUE = (0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 0, 255)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "labelled", "most", "advice"),
+    [
+        (coloured(WHITE, RED, BLUE), "100.0%", "#ffffff on 95.0%", "black or transparent in a colour picture"),
+        (coloured(WHITE, RED, BLACK), "97.5%", "#ffffff on 95.0%", "black or transparent in a colour picture"),
+        (grey(4, 0, 1), "100.0%", "4 on 95.0%", "255 in a palette or greyscale picture"),
+        (grey(0, *[1] * 15), "100.0%", "0 on 62.5%", "255 in a palette or greyscale picture"),
+        (grey(0, 128, 255), "97.5%", "0 on 95.0%", "255 in a palette or greyscale picture"),
+    ],
+    ids=["white canvas", "black strokes on white", "4 is unlabelled", "mask of 0 and 1", "white strokes on black"],
+)
+def test_refuses_a_canvas_that_is_taken_for_labels(
+    folder: Path, pixels: np.ndarray, labelled: str, most: str, advice: str
+) -> None:
+    Image.fromarray(pixels).save(folder / "canvas.png")
+    message = refusal(folder, scribbles="canvas.png")
+    assert "canvas.png: expected strokes on a part of the pixels" in message
+    assert f"got labels on {labelled} of them ({most}, " in message
+    assert f"if {most.split()[0]} is where nobody drew, it has to be {advice}" in message
+
+
+def test_takes_strokes_on_most_of_the_pixels(folder: Path) -> None:
+    Image.fromarray(coloured(RED, BLUE, *[BLACK] * 5)).save(folder / "heavy.png")
+    example = examples.read_example(folder / "photo.png", folder / "heavy.png", None)
+    assert example.class_names == ["#0000ff", "#ff0000"] and examples.labelled_share(example) == 0.875
+
+
+def test_refuses_more_bits_than_labels_have(folder: Path) -> None:
+    Image.fromarray(grey(255, 3, 7).astype(np.uint16)).save(folder / "deep.png")
+    assert "deep.png: expected 8 bits a channel, got 16 or more" in refusal(folder, scribbles="deep.png")
 
 
 def test_refuses_a_truth_of_other_classes(folder: Path) -> None:
     Image.new("L", (WIDTH, HEIGHT), 9).save(folder / "other.png")
-    assert "other.png: expected the classes of" in refusal(folder, "--truth", str(folder / "other.png"))
+    message = refusal(folder, "--truth", str(folder / "other.png"))
+    assert (
+        "other.png: expected the classes of" in message and "strokes.png (3, 7), got 9; void has to be 255" in message
+    )
     Image.new("L", (WIDTH, HEIGHT), 7).save(folder / "one.png")
     assert "one.png: expected at least 2 classes" in refusal(folder, "--truth", str(folder / "one.png"))
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -245,6 +246,22 @@ def test_all_broken_files_are_reported_then_it_stops_or_goes_on(
     data = open_data(folder, tmp_path, on_broken="skip")
     assert len(data.training) + len(data.testing) == 7 and not set(data.training) & set(data.testing)
     assert capsys.readouterr().out.count("left out:") == 5
+
+
+def test_masks_in_jpeg_are_refused(folder: Settings, tmp_path: Path) -> None:
+    with Image.open(tmp_path / "masks" / "06.png") as mask:
+        mask.convert("L").save(tmp_path / "masks" / "06.jpg")
+    masks = replace(folder, masks="masks/{name}.jpg")
+    with pytest.raises(ValueError, match=r"06\.jpg: expected exact values of classes, got JPEG"):
+        open_data(masks, tmp_path)
+
+
+def test_scribbles_on_every_pixel_are_refused(acdc: Path, tmp_path: Path) -> None:
+    with h5py.File(acdc / "slices" / "patient001_frame01_slice_0.h5", "a") as file:
+        scribble = file["scribble"][:]
+        file["scribble"][:] = np.where(scribble == 4, 0, scribble)
+    with pytest.raises(ValueError, match=r"slice_0\.h5: expected 4 or 255 where nobody drew, got labels everywhere"):
+        open_data(preset("acdc", root=str(acdc)), tmp_path)
 
 
 def test_labels_are_made_once_saved_and_read_back(folder: Settings, tmp_path: Path) -> None:

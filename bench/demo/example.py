@@ -15,7 +15,7 @@ from scipy.ndimage import distance_transform_edt
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
-from ..weak_supervision.collection import open_picture
+from ..weak_supervision.collection import DRAW_ANEW, open_labels, open_picture
 from ..weak_supervision.labels import UNLABELLED
 from ..weak_supervision.scores import near_boundary, overlap
 
@@ -23,6 +23,8 @@ SCRIBBLES = Path(__file__).with_name("scribbles.json")
 OUTLINE = 4  # pixels of void around the objects of VOC
 NO_KEY = -1
 MOST_CLASSES = 64
+MOST_COVERED = 0.9  # of the picture by one class: more is a canvas, not strokes
+BLURRED = f"antialiased brushes and JPEG make classes of their own: {DRAW_ANEW}"
 
 
 @dataclass
@@ -62,34 +64,75 @@ def read_example(image_path: Path, scribbles_path: Path, truth_path: Path | None
     """Read a user's photograph, strokes and truth."""
     photo = ImageOps.exif_transpose(open_picture(image_path)).convert("RGB")
     keys, palette = read_keys(scribbles_path, photo.size)
-    classes = np.unique(keys[keys != NO_KEY]).tolist()
-    if not 2 <= len(classes) <= MOST_CLASSES:
-        raise ValueError(f"{scribbles_path}: expected strokes of 2 to {MOST_CLASSES} classes, got {len(classes)}")
+    classes = classes_of_strokes(scribbles_path, keys, palette)
+    names = name_classes(classes, palette)
     truth = None
     if truth_path is not None:
-        truth_keys, _ = read_keys(truth_path, photo.size)
-        unknown = np.setdiff1d(truth_keys, [*classes, NO_KEY])
-        if len(unknown):
-            raise ValueError(f"{truth_path}: expected the classes of {scribbles_path}, got {len(unknown)} others")
-        if len(np.unique(truth_keys[truth_keys != NO_KEY])) < 2:
-            raise ValueError(f"{truth_path}: expected at least 2 classes, got fewer")
+        truth_keys, truth_palette = read_keys(truth_path, photo.size)
+        found = np.unique(truth_keys[truth_keys != NO_KEY]).tolist()
+        others = name_classes([key for key in found if key not in classes], truth_palette)
+        if others:
+            hint = BLURRED if len(found) > MOST_CLASSES else f"void has to be {unlabelled(truth_palette)}"
+            raise ValueError(
+                f"{truth_path}: expected the classes of {scribbles_path} ({few(names)}), got {few(others)}; {hint}"
+            )
+        if len(found) < 2:
+            raise ValueError(f"{truth_path}: expected at least 2 classes, got {len(found)}")
         truth = number_classes(truth_keys, classes)
     if palette is None:
         colours = np.array([(key >> 16, key >> 8 & 255, key & 255) for key in classes], np.uint8)
         values = list(range(len(classes)))
-        names = ["#{:02x}{:02x}{:02x}".format(*colour) for colour in colours]
     else:
-        colours, values, names = palette[classes], classes, [str(value) for value in classes]
+        colours, values = palette[classes], classes
     return Example(image_path.name, photo, number_classes(keys, classes), truth, names, values, colours)
+
+
+def classes_of_strokes(path: Path, keys: np.ndarray, palette: np.ndarray | None) -> list[int]:
+    """The keys that were drawn. Raises ValueError for what cannot be strokes."""
+    classes, counts = np.unique(keys[keys != NO_KEY], return_counts=True)
+    names, shares = name_classes(classes.tolist(), palette), counts / keys.size
+    if len(classes) > MOST_CLASSES:
+        raise ValueError(f"{path}: expected strokes of 2 to {MOST_CLASSES} classes, got {len(classes)}; {BLURRED}")
+    if len(classes) < 2:
+        got = "".join([str(len(names)), *(f" ({name})" for name in names)])
+        raise ValueError(
+            f"{path}: expected strokes of 2 to {MOST_CLASSES} classes, got {got}; "
+            f"what nobody drew is {unlabelled(palette)}"
+        )
+    if counts.sum() == keys.size or shares.max() > MOST_COVERED:
+        order = np.argsort(-counts)
+        raise ValueError(
+            f"{path}: expected strokes on a part of the pixels, got labels on {shares.sum():.1%} of them "
+            f"({few([f'{names[place]} on {shares[place]:.1%}' for place in order])}); if {names[order[0]]} is where "
+            f"nobody drew, it has to be {unlabelled(palette)}"
+        )
+    return classes.tolist()
+
+
+def name_classes(keys: list[int], palette: np.ndarray | None) -> list[str]:
+    """What stands for each class in the picture: its value, or its colour."""
+    return [f"#{key:06x}" if palette is None else str(key) for key in keys]
+
+
+def unlabelled(palette: np.ndarray | None) -> str:
+    """What a pixel without a label is in such a picture."""
+    return "black or transparent in a colour picture" if palette is None else "255 in a palette or greyscale picture"
+
+
+def few(names: list[str]) -> str:
+    """The first names, and how many there are if that is not all."""
+    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:4])}, ... {len(names)} in all"
 
 
 def read_keys(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
     """Read class keys [H, W] and the palette [256, 3], or packed colours and None from a colour picture."""
-    image = open_picture(path)
+    image = open_labels(path)
     if image.size != size:
         raise ValueError(
             f"{path}: expected {size[0]} x {size[1]} pixels as in the photograph, got {image.width} x {image.height}"
         )
+    if image.mode[0] in "IF":
+        raise ValueError(f"{path}: expected 8 bits a channel, got 16 or more")
     if image.mode in ("P", "L", "1"):
         palette = imgviz.label_colormap().copy()
         if image.mode == "P":

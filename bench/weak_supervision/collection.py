@@ -16,6 +16,7 @@ from .settings import Settings
 
 ACDC_CLASSES = ("background", "right ventricle", "myocardium", "left ventricle")
 ACDC_UNLABELLED = 4
+DRAW_ANEW = "draw without antialiasing and save as PNG"
 VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
@@ -48,6 +49,9 @@ class Slices:
         """[H, W] uint8, drawn by people."""
         scribbles = self._read(name, "scribble").astype(np.uint8)
         scribbles[scribbles == ACDC_UNLABELLED] = UNLABELLED
+        if (scribbles != UNLABELLED).all():
+            unlabelled = f"{ACDC_UNLABELLED} or {UNLABELLED}"
+            raise ValueError(f"{self.mask_path(name)}: expected {unlabelled} where nobody drew, got labels everywhere")
         return scribbles
 
     def group(self, name: str) -> str:
@@ -117,7 +121,7 @@ class Pictures:
     def read_mask(self, name: str) -> np.ndarray:
         """[H, W] uint8, 255 = void."""
         path = self.mask_path(name)
-        image = open_picture(path)
+        image = open_labels(path)
         if image.mode not in ("P", "L"):
             raise ValueError(f"{path}: expected a palette or greyscale mask, got mode {image.mode}")
         return np.array(image)
@@ -159,6 +163,14 @@ def open_picture(path: Path) -> Image.Image:
             return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: expected a readable picture, got {reason(error)}") from error
+
+
+def open_labels(path: Path) -> Image.Image:
+    """Read a picture whose values stand for classes."""
+    image = open_picture(path)
+    if image.format == "JPEG":
+        raise ValueError(f"{path}: expected exact values of classes, got JPEG, which blurs them: {DRAW_ANEW}")
+    return image
 
 
 def image_and_mask(name: str) -> list[str]:
