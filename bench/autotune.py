@@ -26,6 +26,7 @@ from tqdm import tqdm
 from bench import static_cost
 from bench.cases import NAMED, Case, named
 from bench.machine_code import TARGETS
+from bench.progress import write_line
 from gcrf_triton import tuning
 from gcrf_triton.__main__ import DTYPES, find_configuration, triton_version
 from gcrf_triton.loss import parse_kernels
@@ -60,7 +61,7 @@ def measured_costs(case: Case, gated: bool) -> tuple[tuning.Key, Costs]:
     finally:
         for line in printed.getvalue().splitlines():
             if line.strip().startswith("failed"):
-                tqdm.write(line)
+                write_line(line)
 
 
 def modelled_costs(case: Case, gated: bool, target: str) -> tuple[tuning.Key, Costs]:
@@ -138,18 +139,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             path.unlink()
         gates = {"no": (False,), "yes": (True,), "both": (False, True)}[options.gates]
         print(f"{name}: {ranked_by}")
-        print(f"{'case':22}{'dtype':9}{'gates':6}{'best':>9}{'heuristic':>11}{'worst':>9}  best configuration")
+        write_line(f"{'case':22}{'dtype':9}{'gates':6}{'best':>9}{'heuristic':>11}{'worst':>9}  best configuration")
         for case, gated in tqdm(list(problems(named(options.cases), options.dtypes, gates)), disable=None):
             try:
                 key, costs = measured_costs(case, gated) if measured else modelled_costs(case, gated, options.target)
             except ValueError as error:  # none of them can run, for want of memory perhaps
-                tqdm.write(f"{case.name:22}{case.dtype:9}{'yes' if gated else 'no':6} left out: {error}")
+                write_line(f"{case.name:22}{case.dtype:9}{'yes' if gated else 'no':6} left out: {error}")
                 continue
             write(path, content, key, costs)
             worth = summary(key, costs)
             line = f"{worth['best']:9.3f}{worth['heuristic']:11.3f}{worth['worst']:9.3f}"
             best = min(costs, key=costs.__getitem__)
-            tqdm.write(f"{case.name:22}{case.dtype:9}{'yes' if gated else 'no':6}{line}  {best}")
+            write_line(f"{case.name:22}{case.dtype:9}{'yes' if gated else 'no':6}{line}  {best}")
     except KeyboardInterrupt:
         print(f"interrupted: what was found is kept in {path}", file=sys.stderr)
         return 130

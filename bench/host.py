@@ -107,9 +107,12 @@ def compile_kernels() -> dict[str, float]:
 
 def in_turns(checkouts: Sequence[Path], rounds: int) -> dict[Path, list[dict[str, float]]]:
     """What a process of its own measures, for every checkout and round."""
+    from bench.progress import bar  # here: a worker imports another checkout
+
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1", "OMP_NUM_THREADS": "1"}
     found: dict[Path, list[dict[str, float]]] = {checkout: [] for checkout in checkouts}
-    for number, checkout in itertools.product(range(rounds), checkouts):
+    turns = list(itertools.product(range(rounds), checkouts))
+    for number, checkout in bar(turns, "host", len(turns), "turn"):
         run = subprocess.run(
             [sys.executable, __file__, "--worker", *["--compile"] * (number < COMPILING)],
             cwd=checkout,

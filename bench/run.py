@@ -33,6 +33,7 @@ from bench import table
 from bench.cases import NAMED, SWEEPS, Case, named, sweep
 from bench.implementations import IMPLEMENTATIONS, MODES, all_names, one_line, own_engine, why_not
 from bench.measure import Result, Settings, can_measure_memory, measure, percentiles
+from bench.progress import write_line
 from gcrf_triton.__main__ import triton_version
 
 RESULTS = Path(__file__).parent / "results"
@@ -225,7 +226,7 @@ def print_row(row: Mapping[str, str]) -> None:
     memory = f"{int(row['peak_bytes']) / 1e6:.1f} MB" if row["peak_bytes"] else "-"
     error = "".join(f" {row[name]}" for name in ("loss_error", "gradient_error"))
     problem = f"{row['case']:20} {row['shape']:>15} {row['mode']:16} {row['implementation']:19}"
-    tqdm.write(f"{problem} {seconds}  {ratio:24} {memory:>12} {error}  {row['status']}")
+    write_line(f"{problem} {seconds}  {ratio:24} {memory:>12} {error}  {row['status']}")
 
 
 def print_comparison(new: Sequence[table.Row], old: Sequence[table.Row], threshold: float) -> int:

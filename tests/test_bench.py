@@ -13,7 +13,7 @@ import matplotlib.image
 import pytest
 import torch
 
-from bench import cases, implementations, measure, plot, run, table
+from bench import cases, implementations, measure, plot, progress, run, table
 
 TINY = cases.Case("tiny", (2, 3, 9, 7), cases.OFFICIAL_PAIR, radius=2)
 CPU = torch.device("cpu")
@@ -389,6 +389,34 @@ def test_nothing_to_draw_is_one_line(tmp_path, monkeypatch, capsys):
     table.append([row()], path)
     assert plot.main([]) == 0 and (tmp_path / "rows-cases.png").exists()
     fails_in_one_line(capsys, ["--out", str(tmp_path / "no")], "--out", "no", command=plot)
+
+
+class Stream(io.StringIO):
+    """What was written, where it was flushed."""
+
+    def __init__(self, terminal=False):
+        super().__init__()
+        self.isatty = lambda: terminal
+        self.flushed = ""
+
+    def flush(self):
+        self.flushed = self.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("hidden", [True, False])
+def test_progress_is_a_bar_in_a_terminal_and_lines_elsewhere(terminal, hidden, monkeypatch):
+    monkeypatch.setattr("sys.stdout", output := Stream())
+    monkeypatch.setattr("sys.stderr", errors := Stream(terminal))
+    assert list(progress.bar([5, 6], "cases", 2, "case", hidden=hidden)) == [5, 6]
+    assert ("2/2" in errors.getvalue()) == (terminal and not hidden)
+    assert output.flushed == ("" if terminal or hidden else "cases: 0 of 2 cases\n")
+
+
+def test_rows_are_printed_at_once(monkeypatch):
+    monkeypatch.setattr("sys.stdout", output := Stream())
+    run.print_row(row(status="ok"))
+    assert output.flushed.count("\n") == 1 and "tiny" in output.flushed
 
 
 def test_listing_measures_nothing(capsys):

@@ -221,6 +221,18 @@ def test_refuses_a_folder_that_cannot_be_written(folder: Path) -> None:
     assert str(folder / "photo.png" / "out") in message and "folder to write to" in message
 
 
+def test_a_pipe_gets_a_line_as_a_training_starts(folder: Path) -> None:
+    command = [sys.executable, "-m", "bench.demo", "--out", str(folder), "--steps", "300"]
+    command += ["--image", str(folder / "photo.png"), "--scribbles", str(folder / "strokes.png")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as running:
+        lines = running.stdout.readline(), running.stdout.readline()
+        ended = running.poll() is not None
+        running.kill()
+    assert lines[0].startswith("photo.png: 40 x 30 pixels") and lines[1] == "partial CE, seed 0: 0 of 300 steps\n"
+    assert not ended
+
+
 def test_an_error_is_one_line_and_no_traceback(folder: Path) -> None:
     command = [sys.executable, "-m", "bench.demo", "--image", "missing.png", "--scribbles", str(folder / "strokes.png")]
     ended = subprocess.run([*command, "--out", str(folder)], cwd=ROOT, capture_output=True, text=True)

@@ -46,6 +46,7 @@ def test_experiment(
     assert min(width for width, _ in sizes.values()) > 300
     assert sizes["acdc-predictions.png"][1] < sizes["acdc-panel.png"][1]
     printed = capsys.readouterr().out
+    assert "\nmsrc-dense-pce-steps=2-0: 0 of 2 steps\nmsrc-dense-pce-steps=2-0: 2 of 2 steps, dice 0." in printed
     assert (
         " ± " in printed and "classes told, % | gap closed" in printed and "clicks: partial CE + Gated CRF" in printed
     )
@@ -88,7 +89,7 @@ def test_costs(
         rows = list(csv.DictReader(file))
     assert [row["run"] for row in rows] == 2 * list(costs.CASES)
     assert all(float(row["loss_share"]) > 0 and float(row["seconds_per_step"]) > 0 for row in rows)
-    printed = capsys.readouterr().out.splitlines()[2:]
+    printed = capsys.readouterr().out.splitlines()[3:]  # after progress and the head
     pattern = r"\| (acdc|msrc) \| .+ \| .+% \| .+% to .+% \| \d+ ms \| 2 \|"
     assert len(printed) == 4 and all(re.fullmatch(pattern, line) for line in printed)
 

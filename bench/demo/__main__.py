@@ -24,10 +24,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from gcrf_triton import gated_crf_loss, partial_cross_entropy
 
+from ..progress import bar, write_line
 from ..weak_supervision.networks import UNet
 from .example import Example, labelled_share, mean_iou, read_example, reduce_example, score, voc_example
 from .report import Run, draw_curves, draw_panel, print_table, save_mask, write_csv
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         image, labels = reduce_example(example, options.side)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(
+    write_line(
         f"{example.name}: {example.photo.width} x {example.photo.height} pixels, trained at "
         f"{image.shape[3]} x {image.shape[2]}, {len(example.class_names)} classes, strokes on "
         f"{labelled_share(example):.1%} of the pixels, {options.steps} steps"
@@ -141,7 +141,7 @@ def train(example: Example, image: Tensor, labels: Tensor, method: str, seed: in
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, options.steps, power=0.9)
     losses, curve, seconds = [], [], []
     peak_memory(reset=True)
-    for step in tqdm(range(1, options.steps + 1), desc=f"{method}, seed {seed}", unit="step", disable=None):
+    for step in bar(range(1, options.steps + 1), f"{method}, seed {seed}", options.steps, "step"):
         start = time.perf_counter()
         logits = network(image)
         loss = partial = partial_cross_entropy(logits, labels)

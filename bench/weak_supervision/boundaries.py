@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from gcrf_triton import gated_crf_loss
 
+from ..progress import write_line
 from .collection import Collection, open_collection
 from .data import Labeller, check
 from .labels import UNLABELLED
@@ -94,7 +95,7 @@ def loss_of_masks(collection: Collection, settings: Settings) -> Boundaries:
         arguments = crf_arguments(image[None], unlabelled, known, truth.shape[2:], gated)
         found.append((kernel_mass(arguments, truth.shape[2:]).item(), gated_crf_loss(truth, **arguments).item()))
     for message in broken.values():
-        tqdm.write(f"left out: {message}")
+        write_line(f"left out: {message}")
     mass, loss = map(statistics.fmean, zip(*found, strict=True)) if found else (0.0, 0.0)
     if mass == 0:
         raise ValueError(f"masks: expected labelled pixels in the {len(found)} that were read, got void alone")

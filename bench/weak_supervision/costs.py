@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+from ..progress import bar
 from .collection import fingerprint
 from .data import open_data
 from .experiment import Plan, append_row, read_rows, row_of
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
                 # no delay: all steps have the loss
                 settings = preset(data, **{"root": root, "delay": 0.0, "ramp": 0.0} | changes)
                 cases[title] = Case(settings, options.turns, options.csv.parent / "labels")
-        for _ in tqdm(range(options.turns), unit="turn", disable=None):
+        for _ in bar(range(options.turns), "costs", options.turns, "turn"):
             for title, case in cases.items():
                 append_row(options.csv, row_of(Plan(title, case.settings), case.turn(), case.files, case.left_out))
     except (ValueError, OSError) as error:

@@ -11,6 +11,7 @@ import numpy as np
 from scipy.ndimage import label as number_regions
 from tqdm import tqdm
 
+from ..progress import bar, write_line
 from .collection import Collection, Slices, fingerprint, open_collection, stem
 from .labels import (
     UNLABELLED,
@@ -101,7 +102,7 @@ def keep_regions(labels: np.ndarray, share: float, random: np.random.Generator) 
     return np.where(kept[numbered], labels, UNLABELLED).astype(np.uint8)
 
 
-def save_labels(collection: Collection, names: Iterable[str], kind: str, seed: int, out: Path) -> None:
+def save_labels(collection: Collection, names: Sequence[str], kind: str, seed: int, out: Path) -> None:
     """Make clicks (a JSON file) or scribbles (a folder of XML files) from dense masks, all of them or none."""
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f"{out.name}.part")
@@ -110,7 +111,7 @@ def save_labels(collection: Collection, names: Iterable[str], kind: str, seed: i
         write_clicks(part, clicks, collection.class_names)
     else:
         part.mkdir(exist_ok=True)
-        for name in tqdm(names, desc="making scribbles", unit="image", leave=False, disable=None):
+        for name in bar(names, "making scribbles", len(names), "image"):
             strokes = make_scribbles(collection.read_mask(name), seeded(seed, name))
             write_scribbles(part / f"{stem(name)}.xml", strokes, collection.class_names)
     part.replace(out)
@@ -189,7 +190,7 @@ def open_data(settings: Settings, made_labels: Path, on_broken: str = "stop") ->
     broken |= more
     stop_at_broken()
     for message in broken.values():
-        tqdm.write(f"left out: {message}")
+        write_line(f"left out: {message}")
     training, testing = ([name for name in names if name not in broken] for names in (training, testing))
     if not training or not testing:
         raise ValueError(f"{settings.root}: expected images to train and test on, got {len(training)}, {len(testing)}")
@@ -197,5 +198,5 @@ def open_data(settings: Settings, made_labels: Path, on_broken: str = "stop") ->
         raise ValueError(f"{settings.labels_from or settings.root}: expected labelled pixels to train on, got none")
     if not pixels.all():
         missing = [name for name, count in zip(collection.class_names, pixels, strict=True) if not count]
-        tqdm.write(f"no labels to train on: {', '.join(missing)}")
+        write_line(f"no labels to train on: {', '.join(missing)}")
     return Data(collection, labeller, training, testing, pixels, len(broken))

@@ -25,10 +25,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import gcrf_triton
 
+from ..progress import write_line
 from ..run import processor, revision
 from .boundaries import loss_of_masks
 from .collection import fingerprint, open_collection
@@ -261,7 +261,7 @@ def run_all(data: str, wanted: list[Plan], options: argparse.Namespace) -> dict[
         (folder / "curve.json").write_text(json.dumps(result.curve))
         append_row(table, row_of(training, result, files=files, left_out=data_read.left_out))
         (folder / "checkpoint.pt").unlink(missing_ok=True)
-        tqdm.write(f"{training.name}: " + ", ".join(f"{name} {result.scores[name]:.3f}" for name in ("dice", "miou")))
+        write_line(f"{training.name}: " + ", ".join(f"{name} {result.scores[name]:.3f}" for name in ("dice", "miou")))
     done = {row["run"]: row for row in read_rows(table)}
     return {training.name: done[training.name] for training in wanted if training.name in done}
 

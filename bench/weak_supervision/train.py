@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+from ..progress import bar, write_line
 from .collection import stem
 from .data import Data
 from .labels import UNLABELLED
@@ -180,12 +180,12 @@ def train(settings: Settings, data: Data, out: Path) -> Result | None:
     )
     with (
         log_to(out, rank, progress.step) as log,
-        tqdm(loader, out.name, settings.steps, initial=progress.step, unit="step", disable=rank > 0 or None) as bar,
+        bar(loader, out.name, settings.steps, "step", progress.step, hidden=rank > 0) as shown,
     ):
-        for batch in bar:
+        for batch in shown:
             last = trainer.step(batch)
             pce, gcrf = progress.recent[-1]
-            bar.set_postfix(pce=f"{pce:.3f}", gcrf=f"{gcrf:.3f}", refresh=False)
+            shown.set_postfix(pce=f"{pce:.3f}", gcrf=f"{gcrf:.3f}", refresh=False)
             log(progress.step, pce=pce, gcrf=gcrf)
             ended = progress.step == settings.steps
             if progress.step * settings.evaluations % settings.steps < settings.evaluations:  # the last step is one
@@ -195,6 +195,9 @@ def train(settings: Settings, data: Data, out: Path) -> Result | None:
                     pce = statistics.fmean(pce for pce, _ in progress.recent)
                     gcrf = statistics.fmean([gcrf for _, gcrf in progress.recent if gcrf] or [0.0])  # once it started
                     progress.curve.append({"step": progress.step, "pce": pce, "gcrf": gcrf} | scores)
+                    if shown.disable:
+                        found = ", ".join(f"{name} {scores[name]:.3f}" for name in ("dice", "miou"))
+                        write_line(f"{out.name}: {progress.step} of {settings.steps} steps, {found}")
                 progress.recent.clear()
             if settings.checkpoint_every and progress.step % settings.checkpoint_every == 0 and not ended:
                 trainer.save(out / CHECKPOINT)
