@@ -1,15 +1,14 @@
-import importlib.util
 import os
 import re
 from pathlib import Path
 
-if importlib.util.find_spec("numpy"):  # which the interpreter needs
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: kernels run on the CPU
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: kernels run on the CPU
 
+import numpy as np
 import pytest
 import torch
 
-OPTIONAL = ("efficientnet_lite_pytorch", "h5py", "imgviz", "matplotlib", "numpy", "PIL", "scipy", "sklearn", "tqdm")
+OPTIONAL = ("efficientnet_lite_pytorch", "h5py", "imgviz", "matplotlib", "PIL", "scipy", "sklearn", "tqdm")
 
 
 def reason_to_skip(report: str) -> str | None:
@@ -60,7 +59,7 @@ def one_thread():
 @pytest.fixture
 def acdc(tmp_path: Path) -> Path:
     """Five training patients and two for testing, two slices each, of different sizes."""
-    h5py, np = pytest.importorskip("h5py"), pytest.importorskip("numpy")
+    h5py = pytest.importorskip("h5py")
     random = np.random.default_rng(0)
     (tmp_path / "acdc" / "slices").mkdir(parents=True)
     for split, patients in (("train", range(1, 6)), ("test", range(6, 8))):
@@ -83,7 +82,7 @@ def acdc(tmp_path: Path) -> Path:
 @pytest.fixture
 def msrc(tmp_path: Path) -> Path:
     """Photographs of a dark and a bright half with palette masks, in the layout of PASCAL VOC."""
-    Image, np = pytest.importorskip("PIL.Image"), pytest.importorskip("numpy")
+    Image = pytest.importorskip("PIL.Image")
     root = tmp_path / "msrc"
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True)
