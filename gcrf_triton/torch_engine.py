@@ -240,7 +240,12 @@ def _kernel(
             if row[channel]:
                 torch.addcmul(exponents[m], difference, difference, value=row[channel], out=buffers[m])
                 exponents[m] = buffers[m]
-    per_pixel = [exponent.exp2_() for exponent, row in zip(exponents, coefficients, strict=True) if any(row)]
+    smallest = math.log2(torch.finfo(features.dtype).tiny)  # smaller ones become 0: processors are slow with them
+    per_pixel = [
+        torch.threshold_(exponent, smallest, -math.inf).exp2_()
+        for exponent, row in zip(exponents, coefficients, strict=True)
+        if any(row)
+    ]
     constant = [exponent.exp2() for exponent, row in zip(exponents, coefficients, strict=True) if not any(row)]
     kernel = per_pixel.pop(0) if per_pixel else buffers[0].zero_()
     for term in per_pixel + constant:

@@ -153,6 +153,17 @@ def test_denominators():
     torch.testing.assert_close(problem.loss(), problem.loss(reduction="sum"))
 
 
+@pytest.mark.engines("torch")
+def test_kernels_too_small_for_normal_numbers_are_zero():  # processors take many times as long with others
+    problem = make_problem((1, 2, 1, 2), ({"weight": 1.0, "rgb": 0.1},), dtype=torch.float32)
+    problem.probabilities = torch.eye(2)[None, :, None]
+    losses = []
+    for difference in (1.3, 1.4):  # kernels of 2e-37 and 3e-43
+        problem.features = {"rgb": torch.tensor([0, difference])[None, None, None]}
+        losses.append(problem.loss(reduction="sum"))
+    assert losses[0] > 0 and losses[1] == 0
+
+
 def test_unused_features_are_left_alone():
     problem = make_problem((1, 3, 6, 5))
     expected = problem.loss()
