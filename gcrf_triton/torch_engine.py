@@ -13,11 +13,11 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 HALF_LOG2_E = 0.5 * math.log2(math.e)  # exp(-x / 2) = exp2(-HALF_LOG2_E x)
-TILE_VALUES = 500_000  # of a tile: they stay in cache, and an operation on them outlasts its own start
-SMALLEST_TILE, LARGEST_TILE = 2048, 65536  # pixels
+TILE_VALUES = 250_000  # of a tile: they stay in one core's cache, and an operation on them outlasts its own start
+SMALLEST_TILE, LARGEST_TILE = 2048, 32768  # pixels
 VECTORS = 32  # elements of a step of PyTorch's vectorised loops, at the most
 GRAIN = 32768  # elements below which PyTorch gives a thread no share
-LARGEST_TEAM = 32
+LARGEST_TEAM = 8  # about as many as have a share of a tile
 SHARED_PIXELS = VECTORS * LARGEST_TEAM  # every thread of a team that has a power of two of them gets whole vectors
 STEPS_ALONE = 3
 PATIENCE = 2  # steps
@@ -64,7 +64,8 @@ def apply_pairwise(
     pixels = math.prod(padded)
     rows = sum(column.shape[1] for column in columns)
     farthest = reach_y * padded[2] + reach_x  # shift
-    tiles = max(1, round(pixels / min(max(TILE_VALUES // rows, SMALLEST_TILE), LARGEST_TILE)))
+    scale = 1 if like.device.type == "cpu" else 2  # other devices take longer to start an operation
+    tiles = max(1, round(pixels / min(max(scale * TILE_VALUES // rows, SMALLEST_TILE), scale * LARGEST_TILE)))
     # An operation rounds its vectors and what is left over differently.
     unit = SHARED_PIXELS if rows * _aligned(pixels, VECTORS) > GRAIN else VECTORS
     end = _aligned(pixels - farthest, unit)  # after the last pixel of the last image
