@@ -124,8 +124,9 @@ def compute(
         )
         return energy, gradient, constants
 
-    inverse = inverse_mass(source, destination, input) if mean else None
-    constants, input, features, source, destination = prepare(input, features, source, destination, from_logits)
+    with torch_engine.limit_threads(input.device):  # too short for a team that may have to wait for a core
+        inverse = inverse_mass(source, destination, input) if mean else None
+        constants, input, features, source, destination = prepare(input, features, source, destination, from_logits)
     if inverse is not None and readable(inverse):
         factor = inverse.item()
     elif inverse is not None and compatibility is not None:
