@@ -15,6 +15,7 @@ import ctypes
 import dataclasses
 import functools
 import itertools
+import math
 import multiprocessing
 import signal
 import statistics
@@ -31,6 +32,8 @@ from bench.cases import Case
 from bench.implementations import Step, bytes_needed, compiles, make_inputs, make_step, one_line
 
 HEADROOM = 1.5  # of memory, above what bytes_needed counts
+WARM = 2  # times what bytes_needed counts, since free memory is in pieces
+BLOCK_BYTES = 2**24  # glibc keeps freed blocks of at most 32 MiB
 FEWEST_TURNS = 3
 NEEDS_NO_WARMING = 0.2  # seconds a step
 BACKLOG_BYTES = 2**28  # about 100 microseconds of a large GPU
@@ -41,12 +44,16 @@ STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to measure: the most turns, seconds for an implementation of a case, whether to measure memory."""
+    """How to measure: the most turns, seconds for an implementation of a case, whether to measure memory.
+
+    `warm` is whether the process has used and freed memory for a step before.
+    """
 
     repeats: int
     budget: float
     memory: bool = True
     cuda_graph: bool = False
+    warm: bool = False
 
 
 @dataclasses.dataclass
@@ -87,32 +94,50 @@ def measure(
     inputs = tuple(tensor.to(device) for tensor in inputs)
     seconds = stopwatch(device)
     results = {name: Result() for name in names}
+    needed = {name: bytes_needed(name, case) for name in names}
+    fitting = [name for name in names if HEADROOM * needed[name] <= available_bytes(device)]
+    largest = max((needed[name] for name in fitting), default=0)
     steps: dict[str, Step] = {}
-    for name, result in results.items():
-        report(name)
-        with result.recording_failure():
-            if HEADROOM * bytes_needed(name, case) > available_bytes(device):
+    with warm_memory(WARM * largest) if settings.warm else contextlib.nullcontext():
+        for name, result in results.items():
+            report(name)
+            if name not in fitting:
                 result.status = "oom-predicted"
                 continue
-            if settings.memory and device.type == "cpu":
-                result.peak_bytes = peak_of_process(name, case, mode)
-            step = make_step(name, case, mode)
-            run_alone(result, name, step, inputs, exact, settings)
-            steps[name] = step
+            with result.recording_failure():
+                if settings.memory and device.type == "cpu":
+                    result.peak_bytes = peak_of_process(name, case, mode)
+                step = make_step(name, case, mode)
+                run_alone(result, name, step, inputs, exact, settings)
+                steps[name] = step
 
-    # all have run by now: a graph keeps its memory, which those that are captured after it share
-    prepare = preparation(inputs, settings)
-    ready: dict[str, Callable[[], object]] = {}
-    for name, step in steps.items():
-        result = results[name]
-        with result.recording_failure():
-            ready[name] = prepare(step)
-            if device.type != "cpu" or compiles(name) or result.seconds[0] < NEEDS_NO_WARMING:
-                result.seconds = [seconds(ready[name])]  # without what is loaded and compiled on first use
-        if result.status == "ok" and result.seconds[0] > settings.budget:
-            result.status = "one step"
-    take_turns(results, {name: step for name, step in ready.items() if results[name].status == "ok"}, seconds, settings)
+        # all have run by now: a graph keeps its memory, which those that are captured after it share
+        prepare = preparation(inputs, settings)
+        ready: dict[str, Callable[[], object]] = {}
+        for name, step in steps.items():
+            result = results[name]
+            with result.recording_failure():
+                ready[name] = prepare(step)
+                if device.type != "cpu" or compiles(name) or result.seconds[0] < NEEDS_NO_WARMING:
+                    result.seconds = [seconds(ready[name])]  # without what is loaded and compiled on first use
+            if result.status == "ok" and result.seconds[0] > settings.budget:
+                result.status = "one step"
+        in_turns = {name: step for name, step in ready.items() if results[name].status == "ok"}
+        take_turns(results, in_turns, seconds, settings)
     return results
+
+
+@contextlib.contextmanager
+def warm_memory(size: int) -> Iterator[None]:
+    """Context in which glibc keeps so many bytes for this process, which used and freed them in blocks."""
+    torch.empty(BLOCK_BYTES, dtype=torch.uint8)  # glibc takes blocks from its heap once it has seen one freed
+    blocks = [torch.ones(BLOCK_BYTES, dtype=torch.uint8) for _ in range(1 + math.ceil(size / BLOCK_BYTES))]
+    del blocks[:-1]  # what is free above the last block in use would go back to the system
+    try:
+        yield
+    finally:
+        blocks.clear()
+        return_freed_memory()
 
 
 def run_alone(
@@ -308,12 +333,17 @@ def _grow(name: str, case: Case, mode: str) -> int:
     inputs = make_inputs(case)
     if compiles(name):
         step(*inputs)  # it is compiled for one shape
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # freed pages that stay resident would hide new ones
+    return_freed_memory()  # freed pages that stay resident would hide new ones
     before = _kilobytes(STATUS, "VmRSS")
     REFERENCES.write_text("5")  # the peak starts again from here
     step(*inputs)
     return _kilobytes(STATUS, "VmHWM") - before
+
+
+def return_freed_memory() -> None:
+    """To the system, where the C library can."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _kilobytes(file: Path, field: str) -> int:

@@ -64,9 +64,9 @@ def position(row: Row, quantity: str) -> int:
     return {"pixels": n * height * width, "classes": classes, "radius": int(row["radius"])}[quantity]
 
 
-def usual(row: Row) -> bool:
+def usual(row: Row, warm: str = "no") -> bool:
     """Forward and backward from probabilities without gates, on a machine as it is, with nothing else running."""
-    usual = {"mode": "forward+backward", "gates": "no", "input": "probabilities", "contended": "no"}
+    usual = {"mode": "forward+backward", "gates": "no", "input": "probabilities", "contended": "no", "warm": warm}
     return all(row[name] == value for name, value in usual.items()) and row["huge_pages"] != "requested"
 
 
@@ -88,13 +88,13 @@ def sweep_rows(rows: Sequence[Row], quantity: str) -> list[Row]:
     return sorted(newest, key=lambda row: position(row, quantity))
 
 
-def named_rows(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+def named_rows(rows: Sequence[Row], warm: str = "no") -> dict[str, dict[str, Row]]:
     """Case -> implementation -> row of the latest turns, forward and backward, of the largest shape, in float32."""
     cases: dict[str, dict[str, Row]] = {}
     chosen = [
         row
         for row in table.latest(rows).values()
-        if not row["sweep"] and usual(row) and row["cuda_graph"] == "no" and row["dtype"] == "float32"
+        if not row["sweep"] and usual(row, warm) and row["cuda_graph"] == "no" and row["dtype"] == "float32"
     ]
     for row in sorted(chosen, key=lambda row: (math.prod(shape(row)), row["utc"])):
         case = cases.setdefault(row["case"], {})
@@ -239,14 +239,17 @@ def draw_cases(rows: Sequence[Row]) -> Figure | None:
 def markdown(rows: Sequence[Row]) -> str:
     """The table of the README: time and memory of the named cases, and how many times those the official code takes."""
     lines = [
-        "| case | prediction | time | official | times as long | offsets, times as long | memory | official, times |",
-        "|---|---|---|---|---|---|---|---|",
+        "| case | prediction | time | official | times as long | warm, times as long | offsets, times as long | memory "
+        "| official, times |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
+    warm = named_rows(rows, warm="yes")
+    missing = dict.fromkeys(table.FIELDS, "")
     for case, found in named_rows(rows).items():
         own = next((found[name] for name in STYLES if name.endswith("-engine") and name in found), None)
         if own is None or own["status"] not in table.MEASURED:
             continue
-        official, offsets = (found.get(name, dict.fromkeys(table.FIELDS, "")) for name in ("official", "offsets"))
+        official, offsets = (found.get(name, missing) for name in ("official", "offsets"))
         memory = [row["peak_bytes"] for row in (own, official)]
         columns = [
             case,
@@ -254,6 +257,7 @@ def markdown(rows: Sequence[Row]) -> str:
             milliseconds(own),
             "does not fit" if ran_out(official) else milliseconds(official),
             speed_up(official),
+            speed_up(warm.get(case, {}).get("official", missing)),
             speed_up(offsets),
             f"{int(memory[0]) / 1e6:.3g} MB" if memory[0] else "",
             f"{int(memory[1]) / int(memory[0]):.0f}" if all(memory) else "",

@@ -1,9 +1,9 @@
 """`python -m bench.run`: time, memory and errors of the loss beside the code it replaces.
 
 Measures the named cases and sweeps of `bench.cases` on a GPU if there is one, else on the CPU, and appends rows to one
-CSV a device in bench/results/. `--contended` does so while another process keeps an OpenMP job on every core. With
-`--compare` the new rows are compared with those of an older file, and the exit status is 1 if an engine became slower
-or needs more memory.
+CSV a device in bench/results/. `--contended` does so while another process keeps an OpenMP job on every core, `--warm`
+in memory that the process used and freed before. With `--compare` the new rows are compared with those of an older
+file, and the exit status is 1 if an engine became slower or needs more memory.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     parser.add_argument("--device", help="as PyTorch names it; default: the accelerator if there is one, else cpu")
     parser.add_argument("--cuda-graph", action="store_true", help="time steps as CUDA graphs, without launch overheads")
     parser.add_argument("--contended", action="store_true", help="beside another process's OpenMP job on every core")
+    parser.add_argument("--warm", action="store_true", help="in memory that the process used and freed before")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--out", type=Path, help="CSV file to append to; default: named after the device")
     parser.add_argument("--compare", type=Path, metavar="OLD.csv", help="exit with 1 if an engine became worse")
@@ -183,6 +184,7 @@ def surroundings(device: torch.device, arguments: argparse.Namespace) -> dict[st
         "driver": driver_version(device),
         "threads": str(torch.get_num_threads()),
         "contended": "yes" if arguments.contended else "no",
+        "warm": "yes" if arguments.warm else "no",
         "cuda_graph": "yes" if arguments.cuda_graph else "no",
         "huge_pages": huge_pages(device),
         "torch": torch.__version__,
@@ -261,6 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = chosen_device(options.device)
         if options.cuda_graph and device.type != "cuda":
             raise ValueError(f"--cuda-graph: expected a CUDA device, got {device}")
+        if options.warm and (device.type != "cpu" or platform.libc_ver()[0] != "glibc"):
+            raise ValueError(f"--warm: expected the CPU of a system with glibc, got {device} of {platform.platform()}")
         slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
         path = options.out or RESULTS / f"{slug}.csv"
         table.check_writable(path)
@@ -268,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 
-    memory = not (options.no_memory or options.contended)
+    memory = not (options.no_memory or options.contended or options.warm)
     if memory and not can_measure_memory(device):
         print("peak memory is not measured: it is read from /proc, which this system does not have")
         memory = False
@@ -277,6 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.budget or (1.0 if options.quick else 10.0),
         memory,
         options.cuda_graph,
+        options.warm,
     )
     reasons = {name: why_not(name, device) for name in all_names(options.implementations, device)}
     for name, reason in reasons.items():

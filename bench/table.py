@@ -9,7 +9,7 @@ from pathlib import Path
 Row = Mapping[str, str]
 
 PROBLEM = ("case", "sweep", "shape", "radius", "kernels", "dtype", "channels", "gates", "input", "mode")
-SURROUNDINGS = ("device", "threads", "contended", "cuda_graph", "huge_pages")
+SURROUNDINGS = ("device", "threads", "contended", "warm", "cuda_graph", "huge_pages")
 FIELDS = (
     *PROBLEM,
     "implementation",

@@ -1,12 +1,16 @@
 """Promise: the benchmark measures what it says, keeps what it measured, and says in one line what it cannot do."""
 
+import contextlib
 import csv
 import dataclasses
 import io
 import json
 import multiprocessing
 import os
+import platform
 import signal
+import subprocess
+import sys
 import types
 
 import matplotlib.image
@@ -18,6 +22,7 @@ from bench import cases, implementations, measure, plot, progress, run, table
 TINY = cases.Case("tiny", (2, 3, 9, 7), cases.OFFICIAL_PAIR, radius=2)
 CPU = torch.device("cpu")
 FAST = ["--device", "cpu", "--no-memory", "--repeats", "1", "--budget", "10"]
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keeps memory as glibc does")
 
 
 @pytest.fixture
@@ -38,6 +43,7 @@ def row(**values):
         "peak_bytes": "1000",
         "device": "imagined",
         "contended": "no",
+        "warm": "no",
         "cuda_graph": "no",
         "huge_pages": "madvise",
         "utc": "2026-01-02T03:04:05+00:00",
@@ -192,6 +198,47 @@ def test_peak_memory_is_that_of_a_process_of_its_own():
     unfold, engine = (measure.peak_of_process(name, case, "forward") for name in ("unfold", "torch-engine"))
     assert 0.8 <= unfold / implementations.bytes_needed("unfold", case) <= 2
     assert engine < unfold / 5
+
+
+@needs_glibc
+def test_warm_memory_needs_no_new_pages():
+    program = """if True:
+        import resource, torch
+        from bench.measure import warm_memory
+
+        def new_pages():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(2**26, dtype=torch.uint8)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        fresh = new_pages()
+        with warm_memory(2**28):
+            warm = new_pages()
+        print(fresh, warm, new_pages())"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    fresh, warm, after = map(int, found.split())
+    assert warm < fresh / 4 and after > fresh / 2
+
+
+@needs_glibc
+def test_a_warm_run_says_so_and_measures_no_memory(tiny_named, tmp_path):
+    path = tmp_path / "rows.csv"
+    arguments = ["--device", "cpu", "--cases", "tiny", "--modes", "forward", "--implementations", "offsets"]
+    for warm in ([], ["--warm"]):
+        assert run.main([*arguments, "--repeats", "1", "--out", str(path), *warm]) == 0
+    fresh, warm = table.read(path)
+    assert (fresh["warm"], warm["warm"]) == ("no", "yes") and warm["status"] == "ok"
+    assert int(fresh["peak_bytes"]) >= 0 and warm["peak_bytes"] == ""
+
+
+def test_warm_memory_is_that_of_the_largest_implementation_that_fits(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(measure, "warm_memory", lambda size: (sizes.append(size), contextlib.nullcontext())[1])
+    monkeypatch.setattr(measure, "available_bytes", lambda device: 100_000)
+    for warm in (False, True):
+        settings = measure.Settings(1, 10, memory=False, warm=warm)
+        measure.measure(TINY, "forward", ["unfold", "torch-engine", "copy"], CPU, settings)
+    assert sizes == [2 * implementations.bytes_needed("torch-engine", TINY)]
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGKILL, "oom"), (signal.SIGTERM, "error: RuntimeError")])
@@ -357,13 +404,15 @@ def test_an_interruption_keeps_rows(tiny_named, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.strip().splitlines()[-1] == f"interrupted: 1 rows are kept in {path}"
 
 
-def test_wrong_arguments_are_one_line(tmp_path, capsys):
+def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, capsys):
     fails_in_one_line(capsys, ["--cases", "voc-crops"], "--cases", "official-clicks", "'voc-crops'")
     fails_in_one_line(capsys, ["--sweeps", "sigma"], "--sweeps", "radius", "'sigma'")
     fails_in_one_line(capsys, ["--repeats", "0"], "--repeats", "at least 1", "0")
     fails_in_one_line(capsys, ["--budget", "-1"], "--budget", "above 0", "-1")
     fails_in_one_line(capsys, ["--device", "abacus"], "--device", "abacus")
     fails_in_one_line(capsys, ["--device", "cpu", "--cuda-graph"], "--cuda-graph", "cpu")
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    fails_in_one_line(capsys, ["--device", "cpu", "--warm"], "--warm", "glibc", "cpu")
     fails_in_one_line(capsys, ["--out", str(tmp_path / "no" / "rows.csv")], "rows.csv", "cannot be written")
     fails_in_one_line(capsys, ["--compare", str(tmp_path / "no.csv")], "no.csv", "cannot be read")
     fails_in_one_line(capsys, [str(tmp_path / "no.csv")], "no.csv", "cannot be read", command=plot)
@@ -434,7 +483,7 @@ def test_comparison_is_relative_to_the_unfold():
     ((_, quantity, factor), _) = table.compare(slower_machine[:1], old)
     assert quantity == "seconds" and factor == pytest.approx(3)
     assert table.compare([row(status="oom", ratio_median="")], old)[0][2] == float("inf")
-    assert not table.compare([row(threads=8)], old)
+    assert not table.compare([row(threads=8)], old) and not table.compare([row(warm="yes")], old)
 
 
 def test_comparison_takes_the_latest_rows():
@@ -533,12 +582,30 @@ def test_a_curve_holds_what_differs_in_one_quantity():
     assert {r["shape"] for r in plot.sweep_rows(full + quick, "radius")} == {"1x21x192x192"}
 
 
-@pytest.mark.parametrize("other", [{"contended": "yes"}, {"huge_pages": "requested"}, {"mode": "forward"}])
+@pytest.mark.parametrize(
+    "other", [{"contended": "yes"}, {"warm": "yes"}, {"huge_pages": "requested"}, {"mode": "forward"}]
+)
 def test_pictures_show_the_usual_surroundings(other):
     usual = [row(**case.describe()) for case in (*cases.NAMED[:2], *cases.sweep("radius", quick=True))]
     unusual = [r | other | {"utc": "2026-01-03"} for r in usual]
     assert plot.named_rows(usual + unusual) == plot.named_rows(usual)
     assert plot.sweep_rows(usual + unusual, "radius") == plot.sweep_rows(usual, "radius")
+
+
+def test_the_table_has_the_ratios_of_fresh_and_of_warm_processes():
+    ratios = [
+        {f"ratio_{point}": value + step for point, step in (("median", 0), ("p20", -1), ("p80", 1))}
+        for value in (40, 20)
+    ]
+    rows = [
+        row(implementation=name, warm=warm, turns=3, utc=warm, **(ratio if name == "official" else {}))
+        for warm, ratio in zip(("no", "yes"), ratios, strict=True)
+        for name in ("torch-engine", "official")
+    ]
+    heading, _, line = ([cell.strip() for cell in line.split("|")] for line in plot.markdown(rows).splitlines())
+    found = dict(zip(heading, line, strict=True))
+    assert (found["times as long"], found["warm, times as long"]) == ("40 (39-41)", "20 (19-21)")
+    assert plot.markdown(rows[:2]).splitlines()[-1] == plot.markdown(rows).splitlines()[-1].replace("20 (19-21)", "")
 
 
 def test_a_case_shows_what_took_turns():
