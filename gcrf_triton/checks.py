@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 
@@ -192,7 +193,9 @@ def check_values(name: str, tensor: Tensor) -> None:
     if tensor.dtype in UNSIGNED or not tensor.numel():
         return
     if readable(tensor):
-        if (wrong := ~((tensor >= 0) & tensor.isfinite())).any():
+        lowest, highest = (bound.item() for bound in tensor.aminmax())
+        if not 0 <= lowest <= highest < math.inf:
+            wrong = ~((tensor >= 0) & tensor.isfinite())
             raise ValueError(f"{name}: expected finite values >= 0, got {tensor[wrong][0].item()}")
     elif can_assert(tensor):
         torch._assert_async(tensor.amin() >= 0, f"{name}: expected values >= 0")
