@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,6 +20,7 @@ Step = Callable[..., tuple[Tensor, ...]]  # of prediction, image and, where the 
 MODES = ("forward", "forward+backward")
 ENGINES = ("triton-engine", "torch-engine")
 GATE = 2 / 3  # of the pixels are open
+warnings.filterwarnings("ignore", "input: expected probabilities of two classes or more", UserWarning)  # timed as it is
 
 
 def of_engine(impl: str, from_logits: bool = False) -> Loss:

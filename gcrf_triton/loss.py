@@ -65,8 +65,7 @@ def gated_crf_loss(
             are area-averaged down to H x W. Constants: no gradient flows to them. Names no kernel uses are left alone.
         kernels: mappings with a "weight" w and a standard deviation sigma a modality: "xy" in pixels of the input, any
             other in units of the feature of that name. The default's rgb 0.1 is 25 grey levels of an image in [0, 1],
-            and about 6 of one normalised by mean and standard deviation, as in the paper. In Triton tiles a
-            feature may span 8000 sigmas; far beyond, the loss is NaN.
+            and about 6 of one normalised by mean and standard deviation, as in the paper.
         radius: half width of the window in pixels of the input.
         source: [N, H, W] or [N, 1, H, W], bool, integer or floating, >= 0, a weight (a mask of 255 weighs 255). Pixels
             with 0 attract nobody.
@@ -86,10 +85,13 @@ def gated_crf_loss(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was given. Values (not shapes or types)
             are checked on the CPU only, and not while compiling: reading them waits for a device and breaks a graph.
-        NotImplementedError: for forward-mode derivatives.
+            On NVIDIA and AMD GPUs, negative values stop the device with a message that names the argument.
+        NotImplementedError: for forward-mode derivatives, and inside the transforms of torch.func.
 
     Warns:
-        UserWarning: for logits of one class, and, on the CPU, for an input outside [0, 1] without `from_logits`.
+        UserWarning: for logits of one class, and, on the CPU, once for a line that calls and from some of the pixels,
+            for probabilities that are outside [0, 1], do not sum to 1 over the classes, or have one channel, for logits
+            that do sum to 1, and for a sigma so small that nearly no neighbours are similar.
 
     Source: Obukhov, Georgoulis, Dai, Van Gool, Gated CRF Loss for Weakly Supervised Semantic Image Segmentation,
     arXiv 1906.04651.
@@ -181,7 +183,12 @@ def partial_cross_entropy(
         weight: w [C], >= 0; None is 1 for every class.
 
     Raises:
-        TypeError, ValueError: naming the argument; label values are checked on the CPU only.
+        TypeError, ValueError: naming the argument; label values are checked on the CPU only, and not while compiling.
+            On NVIDIA and AMD GPUs, labels out of range stop the device with a message that names the argument.
+
+    Warns:
+        UserWarning: for logits of one class, for 255 as both a class and `ignore_index`, and, on the CPU, for logits
+            that sum to 1 over the classes, as after softmax.
     """
     logits = check_prediction("logits", logits)
     labels = check_tensor("labels", labels, "[N, H, W]", 3, logits.device)

@@ -1,8 +1,11 @@
 """Promise: the drop-in class gives the official numbers, and differs only where the official class fails."""
 
 import importlib.util
+import inspect
 import itertools
+import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -243,3 +246,87 @@ def test_wrong_arguments(error, message, change):
     }
     with pytest.raises(error, match=message):
         ModelLossSemsegGatedCRF()(**{**arguments, **change})
+
+
+def call(y, image, kernels=KERNELS["one"], radius=3, *masks, **options):
+    return ModelLossSemsegGatedCRF()(y, kernels, radius, {"rgb": image}, *y.shape[2:], *masks, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.bool], ids=str)
+def test_images_of_other_integers_are_refused(dtype):
+    y, image, _ = random_case((6, 7), 3, 1, 0, 0)
+    with pytest.raises(TypeError, match=rf"sample\['rgb'\]: expected floating point or uint8, got {dtype}"):
+        call(y, (255 * image).to(dtype))
+    downsamplers = {"rgb": lambda tensor, size: tensor}
+    with pytest.raises(TypeError, match=rf"sample\['rgb'\]: expected floating point or uint8, got {dtype}"):
+        call(y, (255 * image).to(dtype), custom_modality_downsamplers=downsamplers)
+    downsamplers = {"rgb": lambda tensor, size: tensor.double()}
+    assert call(y, (255 * image).to(dtype), custom_modality_downsamplers=downsamplers)["loss"].isfinite()
+
+
+def test_uint8_images_are_scaled():
+    y, image, _ = random_case((6, 7), 3, 1, 0, 0)
+    bytes_ = (255 * image).byte()
+    torch.testing.assert_close(call(y, bytes_)["loss"], call(y, bytes_.to(y.dtype) / 255)["loss"])
+
+
+@pytest.mark.parametrize("nothing", [0, 0.0, torch.tensor(0.0), np.float32(0)], ids=repr)
+@pytest.mark.parametrize("masked", [False, True])
+def test_kernels_of_weight_0_are_left_out(masked, nothing):
+    y, image, masks = random_case((6, 7), 3, 1, 1, 1)
+    masks = masks if masked else ()
+    one = KERNELS["one"]
+    switched_off = {"weight": nothing, "xy": 3.0, "depth": 0.1}  # its image need not be there
+    for kernels in ([*one, switched_off], [switched_off, *one]):
+        for name, value in call(y, image, one, 3, *masks, out_kernels_vis=True).items():
+            assert torch.equal(call(y, image, kernels, 3, *masks, out_kernels_vis=True)[name], value)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kernels, radius", [([{"weight": 0.0, "xy": 6.0, "rgb": 0.1}], 3), (KERNELS["two"], 0)])
+def test_what_leaves_no_pair_is_a_loss_of_0(kernels, radius, masked):
+    y, image, masks = random_case((6, 7), 3, 1, 1, 1)
+    y = y.float().requires_grad_()
+    out = call(y, image, kernels, radius, *(masks if masked else ()), out_kernels_vis=True)
+    out["loss"].backward()
+    assert out["loss"] == 0 and out["loss"].dtype == torch.float32 and not y.grad.any()
+    assert out["kernels_vis"].shape == (2, 1, 6, 7) and not out["kernels_vis"].any()
+    with pytest.raises(ValueError, match=r"mask_src: expected \[2, 6, 7\]"):
+        call(y, image, kernels, radius, torch.ones(2, 2, 6, 7))
+
+
+def test_radius_0_is_0_in_the_official_formula_too():
+    y, image, _ = random_case((6, 7), 3, 1, 0, 0)
+    assert zero_padded_loss(y, KERNELS["two"], 0, image)[0] == call(y, image, KERNELS["two"], 0)["loss"] == 0
+
+
+@pytest.mark.parametrize(
+    "scalar", [torch.tensor, np.float32, np.array, lambda number: torch.tensor(number, dtype=torch.float16)]
+)
+def test_numbers_may_be_scalars_of_any_kind(scalar):
+    y, image, _ = random_case((6, 7), 3, 1, 0, 0)
+    exact = [{"weight": 0.5, "xy": 6.0, "rgb": 0.125}]  # in any dtype
+    scalars = [{name: scalar(value) for name, value in exact[0].items()}]
+    for radius in (3, torch.tensor(3), np.int32(3)):
+        assert torch.equal(call(y, image, scalars, radius)["loss"], call(y, image, exact, 3)["loss"])
+    with pytest.raises(TypeError, match=r"kernels_desc\[0\]\['xy'\]: expected a number, got Tensor"):
+        call(y, image, [{"weight": 1.0, "xy": torch.tensor([6.0, 6.0])}])
+    with pytest.raises(ValueError, match=r"kernels_desc\[0\]\['weight'\]: expected a number .* or 0, got -1"):
+        call(y, image, [{"weight": -1, "xy": 6.0}])
+
+
+def test_warnings_name_its_arguments_and_the_line_that_calls():
+    y, image, _ = random_case((6, 7), 3, 1, 0, 0)
+    expected = {
+        "y_hat_softmax: expected probabilities, got .* to .*; for logits pass their softmax": (4 * y, image),
+        "y_hat_softmax: expected probabilities that sum to 1": (0.5 * y, image),
+        "y_hat_softmax: expected probabilities of two classes or more, got one channel": (y[:, :1], image),
+        r"sample\['rgb'\]: expected neighbours that differ by about sigma": (y, 255 * image),
+    }
+    for message, arguments in expected.items():
+        with pytest.warns(UserWarning) as caught:
+            ModelLossSemsegGatedCRF()(arguments[0], KERNELS["one"], 3, {"rgb": arguments[1]}, 6, 7)
+        line = inspect.currentframe().f_lineno - 1
+        (found,) = caught
+        assert re.search(message, str(found.message)) and "from_logits" not in str(found.message)
+        assert found.filename == __file__ and found.lineno == line

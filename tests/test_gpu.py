@@ -4,6 +4,8 @@ Run with `TRITON_INTERPRET=0 python -m pytest -m gpu`.
 """
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -139,3 +141,23 @@ def test_no_synchronisation():
         step(logits, image, source=gate)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    "message, call",
+    [
+        ("source: expected values >= 0", "gated_crf_loss(x.softmax(1), {'rgb': image}, source=-gate)"),
+        ("labels: expected 0 to 3 or ignore_index=255", "partial_cross_entropy(x, 4 * gate.long())"),
+    ],
+)
+def test_wrong_values_stop_the_device_with_a_message(message, call):
+    program = (
+        "import torch\n"
+        "from gcrf_triton import gated_crf_loss, partial_cross_entropy\n"
+        "x, image = torch.randn(1, 4, 8, 9, device='cuda'), torch.rand(1, 3, 8, 9, device='cuda')\n"
+        "gate = torch.ones(1, 8, 9, device='cuda')\n"
+        f"{call}\n"
+        "torch.cuda.synchronize()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode and message in run.stderr + run.stdout

@@ -35,10 +35,13 @@ def test_no_label_is_a_differentiable_zero():
 
 def test_gradients():
     logits, labels = problem()
-    assert torch.autograd.gradcheck(lambda z: partial_cross_entropy(z, labels), logits.requires_grad_())
+    weight = torch.rand(4, dtype=torch.float64)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        for arguments in ({}, {"weight": weight}):
+            assert check(lambda z, a=arguments: partial_cross_entropy(z, labels, **a), logits.requires_grad_())
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_under_no_label_never_leaks(poison):
     logits, labels = problem()
     expected = partial_cross_entropy(logits, labels)
@@ -46,6 +49,20 @@ def test_what_is_under_no_label_never_leaks(poison):
     loss = partial_cross_entropy(logits, labels)
     (gradient,) = torch.autograd.grad(loss, logits)
     assert torch.equal(loss, expected) and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_what_is_under_a_label_is_not_hidden(layout):
+    logits, labels = problem()
+    labels[0, 0, 0] = 1
+    logits[0, 2, 0, 0] = -float("inf")  # a class that is out of the question
+    logits = logits.contiguous(memory_format=layout).requires_grad_()
+    loss = partial_cross_entropy(logits, labels)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels, ignore_index=255))
+    assert torch.autograd.grad(loss, logits)[0].isfinite().all()
+    with torch.no_grad():
+        logits[0, 2, 0, 0] = float("nan")
+    assert partial_cross_entropy(logits, labels).isnan()
 
 
 def test_another_ignore_index():
