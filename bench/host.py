@@ -58,6 +58,9 @@ def measure(compiling: bool) -> dict[str, float]:
         setattr(kernels, name, Nothing())
     triton_engine.device_and_arch = lambda device: ("none", "sm_90")
     triton_engine.unavailable = lambda device: None
+    for module in list(sys.modules.values()):  # a GPU's values are not read
+        if module.__name__.startswith("gcrf_triton.") and hasattr(module, "readable"):
+            module.readable = lambda tensor: False
     logits = torch.randn(1, 21, 8, 8, requires_grad=True)
     image, gate = torch.rand(1, 3, 8, 8), torch.rand(1, 8, 8) > 0.5
     kernel = {"weight": 1.0, "xy": 6.0, "rgb": 0.1}

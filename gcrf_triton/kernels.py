@@ -215,10 +215,10 @@ def pack(
 
     Program (0, n) also writes scales [images, 3]: what undoes the scale of the gates, with MEAN divided by the sum of
     the gates over all images (at least 1); without softmax, what undoes that of the values; and 1 if the features are
-    as they are, else 0. Program (0, 0) writes,
-    for every kernel, its term along y (as a power of two if it is LINEAR, without features), along_y [kernels, ROWS],
-    with offset 0 at ROWS // 2; and partners [3, 16, 16], which turn a pixel's own slots into what meets those of
-    others: 2 h.h' - |h|^2 - |h'|^2, then 2 l.h' + 2 h.l' + 2 l.l' - b - b', and s d' + d s'.
+    as they are, else 0. Program (0, 0) writes, for every kernel, its term along y (as a power of two if it is LINEAR,
+    without features), along_y [kernels, ROWS], with offset 0 at ROWS // 2; and partners [3, 16, 16], which turn a
+    pixel's own slots into what meets those of others: 2 h.h' - |h|^2 - |h'|^2, then 2 l.h' + 2 h.l' + 2 l.l' - b - b',
+    and s d' + d s'.
     """
     ALL: tl.constexpr = 2 * K + 3 * GATED + (not SOFTMAX)  # rows of the summary
     width, pitch = width * UNIT, pitch * 16
@@ -345,7 +345,7 @@ def pack(
             _write_partners(partners)
 
     if largest_unit > LARGEST_UNIT:
-        tl.debug_barrier()  # over what other threads have written
+        tl.debug_barrier()  # other threads have written there
         floats = record.to(tl.pointer_type(tl.float32), bitcast=True)
         for k in tl.static_range(3 * N_SETS):
             feature = tl.zeros((PIXELS,), tl.float32)
@@ -459,7 +459,7 @@ def sum_tile(
     It walks their halo, KEYS pixels of a row at a time. The terms along x and y and two products of packed features
     give exponents [PIXELS, KEYS]; their powers of two, gated, multiply the values [KEYS, columns]: high by high, and
     with SPLIT low by high and high by low. Sums are in float32, in the order of columns of KEYS pixels, then of rows.
-    Where the features of an image are as they are, it takes their differences, pixel by pixel of the halo.
+    Where the features of an image are as they are, their differences give the sums anew, pixel by pixel of the halo.
 
     Writes the product G = S p (MODE "product"); or an energy a program and, with RESULT, the gradient: of
     sum_i (S 1)_i - p_i.G_i by p ("probabilities"), of sum_i p_i.(1 - I) G_i by the logits of p ("logits"). The latter
@@ -472,7 +472,6 @@ def sum_tile(
     x0, row0 = tl.program_id(0) * TILE_X, tl.program_id(1) * TILE_Y
     y0 = top + row0
     image = tl.program_id(2).to(tl.int64)
-    n = first + image
     pixel = tl.arange(0, PIXELS)
     py, px = pixel // TILE_X, pixel % TILE_X
     key, slot = tl.arange(0, KEYS), tl.arange(0, SLOTS)
@@ -480,102 +479,52 @@ def sum_tile(
     corner = (image * padded_height + row0) * line + (x0 + MARGIN - RADIUS)  # upper left of the halo
     own = (py + RADIUS).to(OFFSET) * pitch + (px + RADIUS)
     records += corner * RECORD
-
-    if tl.load(scales + 3 * n + 2) > 0:
-        sums = _sum_differences(
-            records, own, log2_weights, xy, factors, pitch, px, py, SETS, FIRST_SET, N_SETS, GATED, SPLIT, BLOCKS,
-            FIRST, RECORD, RADIUS, OFFSET, TILE_Y, TILE_X,
-        )  # fmt: skip
-        _finish_tile(
-            sums, records, own, py, px, y0, x0, result, energies, scales, kernel_scale, result_scale, n, height, width,
-            top, tiles_y, stride_n, stride_c, stride_y, stride_x, COUNT, ORDER, UNIT, OFFSET, MODE, RESULT, N_SETS,
-            GATED, SPLIT, BLOCKS, FIRST, RECORD, TILE_Y, PIXELS,
-        )  # fmt: skip
-    else:
-        coarse, fine = (), ()
-        partner = partners + slot[:, None] * SLOTS + slot[None, :]
-        for s in tl.static_range(N_SETS):
-            mine = tl.load(records + (own * RECORD)[:, None] + (slot + s * SLOTS)[None, :])
-            coarse = coarse + (tl.dot(mine, tl.load(partner)).to(tl.float16),)
-            fine = fine + (tl.dot(mine, tl.load(partner + SLOTS * SLOTS)).to(tl.float16),)
-
-        gate = None
-        if GATED:
-            mine = tl.load(records + (own * RECORD)[:, None] + (slot + N_SETS * SLOTS)[None, :])
-            gate = tl.dot(mine, tl.load(partner + 2 * SLOTS * SLOTS)).to(tl.float16)
-        sums = ()
-        for b in tl.static_range(len(BLOCKS)):
-            sums = sums + (_zeros(PIXELS, BLOCKS[b]),)
-        if UNROLL:
-            for chunk in tl.static_range(0, TILE_X + 2 * RADIUS, KEYS):
-                along_x = _along_x(log2_weights, xy, key + (chunk - RADIUS), px, SETS, RADIUS)
-                for row in tl.static_range(TILE_Y + 2 * RADIUS):
-                    sums = _sum_row(
-                        sums, row, records + chunk * RECORD + row * line * RECORD, along_y, along_x, coarse, fine, gate,
-                        key + (chunk - RADIUS), px, py, SETS, FIRST_SET, N_SETS, GATED, SPLIT,
-                        (row >= RADIUS) & (row < RADIUS + TILE_Y), BLOCKS, FIRST, RECORD, RADIUS, ROWS,
-                    )  # fmt: skip
-        else:
-            for chunk in range(0, TILE_X + 2 * RADIUS, KEYS):
-                along_x = _along_x(log2_weights, xy, key + (chunk - RADIUS), px, SETS, RADIUS)
-                for part in tl.static_range(3):  # the rows above the tile, its own, and those below
-                    for row in range(
-                        RADIUS * (part > 0) + TILE_Y * (part > 1),
-                        RADIUS + TILE_Y * (part > 0) + RADIUS * (part > 1),
-                    ):
-                        sums = _sum_row(
-                            sums, row, records + chunk * RECORD + row * line * RECORD, along_y, along_x, coarse, fine,
-                            gate, key + (chunk - RADIUS), px, py, SETS, FIRST_SET, N_SETS, GATED, SPLIT, part == 1,
-                            BLOCKS, FIRST, RECORD, RADIUS, ROWS,
-                        )  # fmt: skip
-        _finish_tile(
-            sums, records, own, py, px, y0, x0, result, energies, scales, kernel_scale, result_scale, n, height, width,
-            top, tiles_y, stride_n, stride_c, stride_y, stride_x, COUNT, ORDER, UNIT, OFFSET, MODE, RESULT, N_SETS,
-            GATED, SPLIT, BLOCKS, FIRST, RECORD, TILE_Y, PIXELS,
-        )  # fmt: skip
-
-
-@triton.jit
-def _finish_tile(
-    sums,
-    records,
-    own,
-    py,
-    px,
-    y0,
-    x0,
-    result,
-    energies,
-    scales,
-    kernel_scale,
-    result_scale,
-    n,
-    height,
-    width,
-    top,
-    tiles_y,
-    stride_n,
-    stride_c,
-    stride_y,
-    stride_x,
-    COUNT: tl.constexpr,
-    ORDER: tl.constexpr,
-    UNIT: tl.constexpr,
-    OFFSET: tl.constexpr,
-    MODE: tl.constexpr,
-    RESULT: tl.constexpr,
-    N_SETS: tl.constexpr,
-    GATED: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    FIRST: tl.constexpr,
-    RECORD: tl.constexpr,
-    TILE_Y: tl.constexpr,
-    PIXELS: tl.constexpr,
-):
-    # writes the energy and the gradient, or the product, of the sums of a tile
     high: tl.constexpr = (N_SETS + GATED) * SLOTS
     low: tl.constexpr = (RECORD + high) // 2
+
+    coarse, fine = (), ()
+    partner = partners + slot[:, None] * SLOTS + slot[None, :]
+    for s in tl.static_range(N_SETS):
+        mine = tl.load(records + (own * RECORD)[:, None] + (slot + s * SLOTS)[None, :])
+        coarse = coarse + (tl.dot(mine, tl.load(partner)).to(tl.float16),)
+        fine = fine + (tl.dot(mine, tl.load(partner + SLOTS * SLOTS)).to(tl.float16),)
+
+    gate = None
+    if GATED:
+        mine = tl.load(records + (own * RECORD)[:, None] + (slot + N_SETS * SLOTS)[None, :])
+        gate = tl.dot(mine, tl.load(partner + 2 * SLOTS * SLOTS)).to(tl.float16)
+    sums = ()
+    for b in tl.static_range(len(BLOCKS)):
+        sums = sums + (_zeros(PIXELS, BLOCKS[b]),)
+    if UNROLL:
+        for chunk in tl.static_range(0, TILE_X + 2 * RADIUS, KEYS):
+            along_x = _along_x(log2_weights, xy, key + (chunk - RADIUS), px, SETS, RADIUS)
+            for row in tl.static_range(TILE_Y + 2 * RADIUS):
+                sums = _sum_row(
+                    sums, row, records + chunk * RECORD + row * line * RECORD, along_y, along_x, coarse, fine, gate,
+                    key + (chunk - RADIUS), px, py, SETS, FIRST_SET, N_SETS, GATED, SPLIT,
+                    (row >= RADIUS) & (row < RADIUS + TILE_Y), BLOCKS, FIRST, RECORD, RADIUS, ROWS,
+                )  # fmt: skip
+    else:
+        for chunk in range(0, TILE_X + 2 * RADIUS, KEYS):
+            along_x = _along_x(log2_weights, xy, key + (chunk - RADIUS), px, SETS, RADIUS)
+            for part in tl.static_range(3):  # the rows above the tile, its own, and those below
+                for row in range(
+                    RADIUS * (part > 0) + TILE_Y * (part > 1),
+                    RADIUS + TILE_Y * (part > 0) + RADIUS * (part > 1),
+                ):
+                    sums = _sum_row(
+                        sums, row, records + chunk * RECORD + row * line * RECORD, along_y, along_x, coarse, fine, gate,
+                        key + (chunk - RADIUS), px, py, SETS, FIRST_SET, N_SETS, GATED, SPLIT, part == 1, BLOCKS, FIRST,
+                        RECORD, RADIUS, ROWS,
+                    )  # fmt: skip
+
+    n = (first + tl.program_id(2)).to(tl.int64)
+    if tl.load(scales + 3 * n + 2) > 0:
+        sums = _sum_differences(
+            sums, records, own, log2_weights, xy, factors, pitch, px, py, SETS, FIRST_SET, N_SETS, GATED, SPLIT, BLOCKS,
+            FIRST, RECORD, RADIUS, OFFSET, TILE_Y, TILE_X,
+        )  # fmt: skip
     inside = (py < TILE_Y) & (y0 + py < height) & (x0 + px < width)
     column, right = _stride(stride_c, UNIT, ORDER == "channels"), _stride(stride_x, UNIT, ORDER == "columns")
     down = _stride(stride_y, UNIT, False)
@@ -749,6 +698,7 @@ def _kernel(
 
 @triton.jit
 def _sum_differences(
+    packed_sums,
     records,
     own,
     log2_weights,
@@ -770,13 +720,14 @@ def _sum_differences(
     TILE_Y: tl.constexpr,
     TILE_X: tl.constexpr,
 ):
-    # the sums of a tile over its halo, whose records have features as they are
+    # The sums of a tile over its halo, whose records have features as they are. It is laid out in registers as the sums
+    # of packed features, which mean nothing then; in another layout NVIDIA's compiler runs out of registers.
     high: tl.constexpr = (N_SETS + GATED) * SLOTS
     low: tl.constexpr = (RECORD + high) // 2
     mine = records + own * RECORD
     sums = ()
     for b in tl.static_range(len(BLOCKS)):
-        sums = sums + (tl.zeros((px.shape[0], BLOCKS[b]), tl.float32),)
+        sums = sums + (tl.where((packed_sums[b] > 0) & (packed_sums[b] < 0), 1.0, 0.0),)
     for step in tl.range(0, (TILE_Y + 2 * RADIUS) * (TILE_X + 2 * RADIUS), num_stages=1):
         row, column = step // (TILE_X + 2 * RADIUS), step % (TILE_X + 2 * RADIUS)
         other = records + ((tl.zeros((1,), OFFSET) + row) * pitch + column) * RECORD
