@@ -29,7 +29,7 @@ from bench.machine_code import TARGETS
 from bench.progress import write_line
 from gcrf_triton import tuning
 from gcrf_triton.__main__ import DTYPES, find_configuration, triton_version
-from gcrf_triton.loss import parse_kernels
+from gcrf_triton.checks import parse_kernels
 
 RESULTS = Path(__file__).parent / "results"
 MEASURED = "milliseconds of loss and gradient, measured"
@@ -53,7 +53,7 @@ def problems(cases: Sequence[Case], dtypes: Sequence[str], gates: Sequence[bool]
 
 def measured_costs(case: Case, gated: bool) -> tuple[tuning.Key, Costs]:
     """Milliseconds of every configuration on the GPU, of which the user's cache keeps the best; failures are named."""
-    channels = [case.channels] * len(parse_kernels(case.kernels)[0])
+    channels = [case.channels] * len(parse_kernels("kernels", case.kernels)[0])
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):

@@ -273,11 +273,14 @@ def _executed(text: str, launch: Launch) -> tuple[list[str], list[float], list[b
     # machine instructions, how often a warp executes each, and whether it is inside the main loop
     instructions: list[str] = []
     labels: dict[str, int] = {}
+    early_ends: list[int] = []
     for line in text.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(instructions)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?(\S+)(.*);", line):
-            instructions.append(instruction[1] + instruction[2])
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(@!?U?P\d+ )?(\S+)(.*);", line):
+            if instruction[1] and instruction[2] == "EXIT":
+                early_ends.append(len(instructions))
+            instructions.append(instruction[2] + instruction[3])
     loops, skips = [], []
     for place, instruction in enumerate(instructions):
         jump = re.search(r"\((\.L_x_\d+)\)", instruction)
@@ -290,11 +293,15 @@ def _executed(text: str, launch: Launch) -> tuple[list[str], list[float], list[b
             loops.append((target, place))
         else:
             skips.append((place, target))
-    # a loop that is jumped over is that of images whose features span too much, which this leaves out
-    for start, target in skips:
-        if any(start < first and last < target for first, last in loops):
-            instructions[start + 1 : target] = ["NOP"] * (target - start - 1)
-            loops = [loop for loop in loops if not start < loop[0] < target]
+    # What only images need whose features span too much is left out: a loop of `sum_tile` that is jumped over, and what
+    # `pack` does where it could have ended.
+    rare = [skip for skip in skips if any(skip[0] < first and last < skip[1] for first, last in loops)]
+    rare = rare if launch.kernel.fn.__name__ == "sum_tile" else []
+    if launch.kernel.fn.__name__ == "pack" and early_ends:
+        rare.append((early_ends[0], len(instructions)))
+    for start, target in rare:
+        instructions[start + 1 : target] = ["NOP"] * (target - start - 1)
+        loops = [loop for loop in loops if not start < loop[0] < target]
     depths = [sum(first <= place <= last for first, last in loops) for place in range(len(instructions))]
     trips = _trips(launch, instructions, loops, depths)
     powers = [place for place, instruction in enumerate(instructions) if instruction.startswith("MUFU.EX2")]

@@ -33,7 +33,7 @@ from bench.machine_code import (
     record_step,
 )
 from gcrf_triton import tuning
-from gcrf_triton.loss import parse_kernels
+from gcrf_triton.checks import parse_kernels
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 SIZE = (512, 512)  # pixels of the image
@@ -210,7 +210,7 @@ def problem_key(
     """What the configuration of a problem is chosen by on a target."""
     from gcrf_triton import triton_engine
 
-    names, _, sigmas = parse_kernels(kernels)
+    names, _, sigmas = parse_kernels("kernels", kernels)
     n, _, *size = shape or (1, classes, *SIZE)
     logits = torch.empty(n, classes, *size, dtype=DTYPES[dtype], device="meta")
     features = [torch.empty(n, (channels or {}).get(name, 3), *size, device="meta") for name in names]
