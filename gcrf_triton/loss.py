@@ -85,7 +85,7 @@ def gated_crf_loss(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was given. Values (not shapes or types)
             are checked on the CPU only, and not while compiling: reading them waits for a device and breaks a graph.
-            On NVIDIA and AMD GPUs, negative values stop the device with a message that names the argument.
+            On NVIDIA GPUs, an assertion on the device names the argument that has negative values.
         NotImplementedError: for forward-mode derivatives, and inside the transforms of torch.func.
 
     Warns:
@@ -184,7 +184,7 @@ def partial_cross_entropy(
 
     Raises:
         TypeError, ValueError: naming the argument; label values are checked on the CPU only, and not while compiling.
-            On NVIDIA and AMD GPUs, labels out of range stop the device with a message that names the argument.
+            On NVIDIA GPUs, an assertion on the device names labels out of range.
 
     Warns:
         UserWarning: for logits of one class, for 255 as both a class and `ignore_index`, and, on the CPU, for logits
