@@ -202,7 +202,7 @@ def check_values(name: str, tensor: Tensor) -> None:
 
 
 def can_assert(tensor: Tensor) -> bool:
-    """Whether a GPU can be left to stop at wrong values, with a message, without waiting for it; builds for AMD may leave it out."""
+    """Whether a GPU can be left to stop at wrong values, with a message; builds for AMD may leave that out."""
     return tensor.is_cuda and holds_values(tensor)
 
 
