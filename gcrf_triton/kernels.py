@@ -474,6 +474,9 @@ def sum_tile(
     image = tl.program_id(2).to(tl.int64)
     pixel = tl.arange(0, PIXELS)
     py, px = pixel // TILE_X, pixel % TILE_X
+    if TILE_X & (TILE_X - 1):  # not a power of two: one division serves both, and Triton is told what it knows of %
+        step: tl.constexpr = TILE_X & -TILE_X
+        px = tl.max_contiguous(tl.multiple_of(pixel - py * TILE_X, step), step)
     key, slot = tl.arange(0, KEYS), tl.arange(0, SLOTS)
     line = pitch.to(tl.int64)
     corner = (image * padded_height + row0) * line + (x0 + MARGIN - RADIUS)  # upper left of the halo
@@ -519,8 +522,9 @@ def sum_tile(
                         RECORD, RADIUS, ROWS,
                     )  # fmt: skip
 
-    n = (first + tl.program_id(2)).to(tl.int64)
-    if tl.load(scales + 3 * n + 2) > 0:
+    n = first + tl.program_id(2)
+    scales += 3 * n
+    if tl.load(scales + 2) > 0:
         sums = _sum_differences(
             sums, records, own, log2_weights, xy, factors, pitch, px, py, SETS, FIRST_SET, N_SETS, GATED, SPLIT, BLOCKS,
             FIRST, RECORD, RADIUS, OFFSET, TILE_Y, TILE_X,
@@ -528,14 +532,14 @@ def sum_tile(
     inside = (py < TILE_Y) & (y0 + py < height) & (x0 + px < width)
     column, right = _stride(stride_c, UNIT, ORDER == "channels"), _stride(stride_x, UNIT, ORDER == "columns")
     down = _stride(stride_y, UNIT, False)
-    result += n * stride_n * UNIT + y0.to(tl.int64) * down + x0.to(tl.int64) * right
+    result += n.to(tl.int64) * stride_n * UNIT + y0.to(tl.int64) * down + x0.to(tl.int64) * right
     place = (py.to(OFFSET) * down + px.to(OFFSET) * right)[:, None]
     # back to the units of the caller: of a value, and of a sum of kernels
     value_scale = 2.0**-LARGEST_VALUE
     if MODE != "logits":
-        value_scale = tl.load(scales + 3 * n + 1)
+        value_scale = tl.load(scales + 1)
     if GATED:
-        kernel_scale *= tl.load(scales + 3 * n)
+        kernel_scale *= tl.load(scales)
     scale = kernel_scale * value_scale * result_scale
     mean, largest, mine = None, None, ()
     if MODE != "product":
