@@ -1,14 +1,48 @@
+import contextlib
+import dataclasses
+import functools
+import gc
 import os
 import re
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: kernels run on the CPU
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before OpenMP is: who waits leaves the core to others
 
 import numpy as np
 import pytest
 import torch
 
+gc.set_threshold(50_000)  # the interpreter makes objects by the thousand, and hardly a cycle
+
 OPTIONAL = ("efficientnet_lite_pytorch", "h5py", "imgviz", "matplotlib", "PIL", "scipy", "sklearn", "tqdm")
+
+
+def spare_interpreter():
+    """Keep Triton's interpreter from what it does for nothing; kernels take half the time, and fail as before.
+
+    It checks for overflow and drops what it finds, patches its language again at every call of a function, and writes
+    down a table of types for every operation.
+    """
+    from triton.runtime import interpreter
+
+    builder, patch_once = interpreter.interpreter_builder, functools.cache(interpreter._patch_lang)
+    look_up, remember = interpreter._get_np_dtype, functools.cache(interpreter._get_np_dtype)
+
+    def call(function, *arguments, **keywords):
+        patch_once(function.fn)
+        return function.rewrite()(*arguments, **keywords)
+
+    def numpy_type(kind):
+        return look_up(kind.scalar) if kind.scalar.is_ptr() else remember(kind.scalar)  # pointers have no hash
+
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    interpreter.InterpretedFunction.__call__ = call
+    interpreter._get_np_dtype = numpy_type
+
+
+with contextlib.suppress(ImportError, AttributeError):  # there is none, or it does so no more
+    spare_interpreter()
 
 
 def reason_to_skip(report: str) -> str | None:
