@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: kernels run on the CPU
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before OpenMP is: who waits leaves the core to others
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before OpenMP starts: its threads sleep while they wait
 
 import numpy as np
 import pytest
