@@ -2,7 +2,7 @@
 
 Every pair has an environment and a Python of its own, so nox needs Python 3.10 to 3.13 (with pyenv, PYENV_VERSION lists
 them), uv, and some 6 GB a pair. `nox -s oldest` takes the lowest version of every package that pyproject.toml admits,
-and runs what depends on PyTorch most: two minutes, which CI spends every time.
+and runs what depends on PyTorch and Triton most: four minutes, which CI spends every time.
 """
 
 import pathlib
@@ -54,6 +54,6 @@ def table(session: nox.Session) -> None:
 
 @nox.session(python="3.10")
 def oldest(session: nox.Session) -> None:
-    """Import, both engines, gradients, autocast and torch.compile with the oldest of everything."""
+    """Import, both engines, gradients, autocast, torch.compile and machine code with the oldest of everything."""
     session.install("--resolution", "lowest-direct", "-e", ".[test]")
-    session.run(*PYTEST, *(f"tests/test_{name}.py" for name in ("package", "operator", "gradients")))
+    session.run(*PYTEST, *(f"tests/test_{name}.py" for name in ("package", "operator", "gradients", "targets")))

@@ -741,12 +741,7 @@ def _sum_differences(
         kernel = tl.zeros_like(squared)
         for m in tl.static_range(len(SETS)):
             exponent = log2_weights[m] - xy[m] * squared
-            for s in tl.static_range(FIRST_SET[m], FIRST_SET[m] + SETS[m]):
-                for k in tl.static_range(3):
-                    difference = _feature(mine, s, k) - _feature(other, s, k)
-                    difference *= factors[3 * s + k]
-                    exponent -= difference * difference
-            kernel += tl.exp2(exponent)
+            kernel += tl.exp2(_less_differences(exponent, mine, other, factors, SETS[m], FIRST_SET[m]))
         kernel = tl.where(met, kernel, 0.0)
         if GATED:
             gates = _gate(mine, N_SETS, 0) * _gate(other, N_SETS, 2) + _gate(mine, N_SETS, 2) * _gate(other, N_SETS, 0)
@@ -760,6 +755,17 @@ def _sum_differences(
             updated = updated + (sums[b] + kernel[:, None] * v[None, :],)
         sums = updated
     return sums
+
+
+@triton.jit
+def _less_differences(exponent, mine, other, factors, SETS: tl.constexpr, FIRST_SET: tl.constexpr):
+    # less the squared differences of all features of a kernel
+    for s in tl.static_range(FIRST_SET, FIRST_SET + SETS):
+        for k in tl.static_range(3):
+            difference = _feature(mine, s, k) - _feature(other, s, k)
+            difference *= factors[3 * s + k]
+            exponent -= difference * difference
+    return exponent
 
 
 @triton.jit
