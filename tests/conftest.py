@@ -21,12 +21,13 @@ OPTIONAL = ("efficientnet_lite_pytorch", "h5py", "imgviz", "matplotlib", "PIL", 
 def spare_interpreter():
     """Keep Triton's interpreter from what it does for nothing; kernels take half the time, and fail as before.
 
-    It checks for overflow and drops what it finds, patches its language again at every call of a function, and writes
-    down a table of types for every operation.
+    It checks for overflow and drops what it finds, patches its language again at every call of a function, writes down
+    a table of types for every operation, and reduces one row after another where all could be reduced at once.
     """
     from triton.runtime import interpreter
 
     builder, patch_once = interpreter.interpreter_builder, functools.cache(interpreter._patch_lang)
+    reduce_each = interpreter.ReduceOps.generic_reduce
     look_up, remember = interpreter._get_np_dtype, functools.cache(interpreter._get_np_dtype)
 
     def call(function, *arguments, **keywords):
@@ -36,9 +37,24 @@ def spare_interpreter():
     def numpy_type(kind):
         return look_up(kind.scalar) if kind.scalar.is_ptr() else remember(kind.scalar)  # pointers have no hash
 
+    def reduce_all_rows(reduction, tensors):
+        if reduction.axis is None:
+            return reduce_each(reduction, tensors)
+        steps = zip(*(np.moveaxis(tensor.handle.data, reduction.axis, 0) for tensor in tensors), strict=True)
+        results = None
+        for step in steps:
+            values = [reduction.to_tensor(data, tensor.dtype) for data, tensor in zip(step, tensors, strict=True)]
+            results = values if results is None else reduction.combine_fn.fn(*results, *values)
+            results = results if isinstance(results, (tuple, list)) else [results]
+        if reduction.keep_dims:
+            kept = (np.expand_dims(result.handle.data, reduction.axis) for result in results)
+            results = [reduction.to_tensor(data, tensor.dtype) for data, tensor in zip(kept, tensors, strict=True)]
+        return list(results)
+
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     interpreter.InterpretedFunction.__call__ = call
     interpreter._get_np_dtype = numpy_type
+    interpreter.ReduceOps.generic_reduce = reduce_all_rows
 
 
 with contextlib.suppress(ImportError, AttributeError):  # there is none, or it does so no more
