@@ -2,7 +2,7 @@
 
 Every pair has an environment and a Python of its own, so nox needs Python 3.10 to 3.13 (with pyenv, PYENV_VERSION lists
 them), uv, and some 6 GB a pair. `nox -s oldest` takes the lowest version of every package that pyproject.toml admits,
-and runs what depends on PyTorch and Triton most: four minutes, which CI spends every time.
+and runs what depends on PyTorch and Triton most: three minutes, which CI spends every time.
 """
 
 import pathlib

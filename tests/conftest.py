@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-gc.set_threshold(50_000)  # the interpreter makes objects by the thousand, and hardly a cycle
+gc.set_threshold(50_000)  # the interpreter makes objects by the thousand
 
 OPTIONAL = ("efficientnet_lite_pytorch", "h5py", "imgviz", "matplotlib", "PIL", "scipy", "sklearn", "tqdm")
 

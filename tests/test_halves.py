@@ -40,7 +40,8 @@ def assert_finite_and_right(prediction, features, kernels, radius, **settings):
     return expected.abs().max()
 
 
-@pytest.mark.parametrize("gates, from_logits", [("", False), ("sd", True)])
+@pytest.mark.parametrize("from_logits", [False, True])
+@pytest.mark.parametrize("gates", ["", "sd"])
 @pytest.mark.parametrize(
     "classes, weight, radius, side", [(150, 2.0, 2, 5), (21, 14.0, 2, 5), (4, 100.0, 2, 5), (21, 1.0, 20, 7)]
 )
@@ -55,7 +56,7 @@ def test_a_matrix_that_favours_one_class(classes, weight, radius, side, gates, f
 
 @pytest.mark.parametrize("gate", [None, torch.bool, torch.float32])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("share", [0.5, 1, 1.01, 8])
+@pytest.mark.parametrize("share", [0.5, 1, 1.01, 2, 8])
 def test_kernels_about_the_limit(share, reduction, gate):
     radius, side = 3, 9
     weight = share * HALF_LIMIT / (2 * radius + 1) ** 2

@@ -34,9 +34,11 @@ def compiled(*cases):
         assert not run.returncode, run.stderr
         return [json.loads(line) for line in run.stdout.splitlines()]
 
+    parts = [part for part in (cases[::2], cases[1::2]) if part]
     rows = [[]] * len(cases)
-    with ThreadPoolExecutor(2) as pool:
-        rows[::2], rows[1::2] = pool.map(compile_part, (cases[::2], cases[1::2]))
+    with ThreadPoolExecutor(len(parts)) as pool:
+        for first, found in enumerate(pool.map(compile_part, parts)):
+            rows[first::2] = found
     return rows
 
 
