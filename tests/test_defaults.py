@@ -42,7 +42,7 @@ def everything(problem):
     cpu = {"device": "cpu", "dtype": torch.float32}
     y, image = problem.probabilities, problem.features["rgb"]
     large = image.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    mask, labels = torch.ones(1, 1, 8, 10, **cpu), torch.zeros(1, 4, 5, device="cpu", dtype=torch.int64)
+    mask, labels = torch.ones(2, 1, 10, 12, **cpu), torch.zeros(2, 5, 6, device="cpu", dtype=torch.int64)
     labels[:, 2:] = 255
     found = []
     for dtype in (torch.float32, torch.float16):
@@ -55,12 +55,12 @@ def everything(problem):
             found.extend([value.detach(), x.grad])
 
         for reduction in ("mean", "none"):
-            step(lambda x, reduction=reduction: GatedCRFLoss(KERNELS, 1, reduction=reduction)(x, {"rgb": large}))
+            step(lambda x, reduction=reduction: GatedCRFLoss(KERNELS, 2, reduction=reduction)(x, {"rgb": large}))
             step(lambda x, reduction=reduction: replace(problem, probabilities=x).loss(reduction=reduction))
         for masks in ((None, None), (mask, None), (None, mask)):
-            step(lambda x, masks=masks: ModelLossSemsegGatedCRF()(x, KERNELS, 1, {"rgb": large}, 4, 5, *masks)["loss"])
+            step(lambda x, masks=masks: ModelLossSemsegGatedCRF()(x, KERNELS, 2, {"rgb": large}, 5, 6, *masks)["loss"])
         step(lambda x: 3 * partial_cross_entropy(4 * x, labels, weight=y[0, :, 0, 0]))
-        drawn = ModelLossSemsegGatedCRF()(prediction, KERNELS, 1, large, 4, 5, mask, out_kernels_vis=True)
+        drawn = ModelLossSemsegGatedCRF()(prediction, KERNELS, 1, large, 5, 6, mask, out_kernels_vis=True)
         found.append(drawn["kernels_vis"])
     return found
 
@@ -68,7 +68,7 @@ def everything(problem):
 @pytest.mark.engines("torch", "triton")
 @pytest.mark.parametrize("default", ["meta", torch.float64, torch.float16], ids=str)
 def test_defaults_change_nothing(default):
-    problem = make_problem((1, 3, 4, 5), KERNELS, 1, "sd", True, torch.float32)
+    problem = make_problem((2, 3, 5, 6), KERNELS, 2, "sd", True, torch.float32)
     expected = everything(problem)
     try:
         if default == "meta":
