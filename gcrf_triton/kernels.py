@@ -124,6 +124,12 @@ def prepare(
 
 
 @triton.jit
+def _at(x, pitch, FIRST: tl.constexpr, SIZE: tl.constexpr):
+    # where a padded row has the SIZE halves of pixel x that are a piece, FIRST of the record: pieces lie in planes
+    return pitch * FIRST + x * SIZE
+
+
+@triton.jit
 def _largest(summary, row, PARTS: tl.constexpr):
     return tl.max(tl.load(summary + row * PARTS + tl.arange(0, PARTS)))
 
@@ -190,9 +196,11 @@ def pack(
 
     Grid (ceil(padded_height 16 pitch / PIXELS), N). A program owns PIXELS pixels of a padded image. It reads the K
     channels of the constants [images, K + 2 if gated, H, W] and the value columns [images, COUNT, H, W] of any strides
-    and dtype, of N images from the `first`, and writes records [N, padded_height, 16 pitch, RECORD]. Images lie MARGIN
-    from the left and RADIUS from the top, and the first padded row is RADIUS above row `top` of the image; the values
-    around are 0. The width and the strides are given in UNITs; ORDER names the stride that is 1.
+    and dtype, of N images from the `first`, and writes records [N, padded_height, RECORD 16 pitch]. Records lie in
+    pieces: a row has the first set of all its pixels, pixel by pixel, then the next, the gates, and the values block by
+    block, so that what a tile reads at a time lies together. Images lie MARGIN from the left and RADIUS from the top,
+    and the first padded row is RADIUS above row `top` of the image; the values around are 0. The width and the strides
+    are given in UNITs; ORDER names the stride that is 1.
 
     A set g has three channels for one kernel: CHANNEL says which (-1: none, 0), the summary between which values they
     lie, from whose middle they are counted, and `factors` by what they are multiplied. With u a power of two,
@@ -225,13 +233,15 @@ def pack(
     image = tl.program_id(1)
     n = first.to(tl.int64) + image
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
-    x, y = pixel % pitch - MARGIN, top + pixel // pitch - RADIUS
+    column = pixel % pitch
+    x, y = column - MARGIN, top + pixel // pitch - RADIUS
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     written = (pixel < padded_height * pitch)[:, None]
     plane = height.to(tl.int64) * width
     constants += n * (K + 2 * GATED) * plane
     own = y.to(tl.int64) * width + x
-    record = records + image.to(tl.int64) * padded_height * pitch * RECORD + pixel.to(OFFSET)[:, None] * RECORD
+    row = records + image.to(tl.int64) * padded_height * pitch * RECORD + (pixel - column).to(OFFSET)[:, None] * RECORD
+    column = column[:, None]
     whole, summary = summary, summary + n * ALL * PARTS
     high: tl.constexpr = (N_SETS + GATED) * SLOTS
     low: tl.constexpr = (RECORD + high) // 2
@@ -243,14 +253,14 @@ def pack(
         closed = inside & ((s == 0) | (d == 0))
         for k in tl.static_range(K):
             finite = finite & _is_finite(tl.load(constants + k * plane + own, mask=inside, other=0.0))
-    column, row = _stride(stride_c, UNIT, ORDER == "channels"), _stride(stride_y, UNIT, False)
+    across, down = _stride(stride_c, UNIT, ORDER == "channels"), _stride(stride_y, UNIT, False)
     start = values + n * stride_n * UNIT
-    start += (y.to(OFFSET) * row + x.to(OFFSET) * _stride(stride_x, UNIT, ORDER == "columns"))[:, None]
+    start += (y.to(OFFSET) * down + x.to(OFFSET) * _stride(stride_x, UNIT, ORDER == "columns"))[:, None]
     columns = ()
     for b in tl.static_range(len(BLOCKS)):
         c = (tl.arange(0, BLOCKS[b]) + FIRST[b])[None, :]
         mask = inside[:, None] & (c < COUNT)
-        value = tl.load(start + c.to(OFFSET) * column, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(start + c.to(OFFSET) * across, mask=mask, other=0.0).to(tl.float32)
         if GATED and not SOFTMAX:
             finite = finite & (tl.sum(value * 0.0, axis=1) == 0)
         columns = columns + (tl.where(c < COUNT, value, float("-inf")) if SOFTMAX else value,)
@@ -269,10 +279,13 @@ def pack(
         if ONES:
             value = tl.where(c == COUNT, tl.where(inside, 2.0**LARGEST_VALUE, 0.0)[:, None], value)
         value_high = value.to(tl.float16)
-        tl.store(record + (c + high), value_high, mask=written)
+        place = row + tl.arange(0, BLOCKS[b])[None, :]
+        tl.store(place + _at(column, pitch, high + FIRST[b], BLOCKS[b]), value_high, mask=written)
         if SPLIT:
-            tl.store(record + (c + low), (value - value_high.to(tl.float32)).to(tl.float16), mask=written)
+            value_low = (value - value_high.to(tl.float32)).to(tl.float16)
+            tl.store(place + _at(column, pitch, low + FIRST[b], BLOCKS[b]), value_low, mask=written)
 
+    slot = row + tl.arange(0, SLOTS)[None, :]
     seen, gate_scale = inside, 1.0
     if GATED:
         s, d = tl.where(hidden, 0.0, s), tl.where(hidden, 0.0, d)
@@ -288,7 +301,7 @@ def pack(
             s_high, s_low, d_high, d_low, s_high, d_high, none, none,
             none, none, none, none, none, none, none, none, PIXELS,
         )  # fmt: skip
-        tl.store(record + N_SETS * SLOTS + tl.arange(0, SLOTS)[None, :], slots, mask=written)
+        tl.store(slot + _at(column, pitch, N_SETS * SLOTS, SLOTS), slots, mask=written)
 
     largest_unit = LARGEST_UNIT
     for g in tl.static_range(N_SETS):
@@ -323,7 +336,7 @@ def pack(
             coarse[0], coarse[1], coarse[2], fine[0], fine[1], fine[2], norm_high, norm_low,
             rest_high, rest_low, one * NORM, one, one, fine[0], fine[1], fine[2], PIXELS,
         )  # fmt: skip
-        tl.store(record + g * SLOTS + tl.arange(0, SLOTS)[None, :], slots, mask=written)
+        tl.store(slot + _at(column, pitch, g * SLOTS, SLOTS), slots, mask=written)
 
     if tl.program_id(0) == 0:
         if GATED and MEAN:
@@ -346,12 +359,12 @@ def pack(
 
     if largest_unit > LARGEST_UNIT:
         tl.debug_barrier()  # other threads have written there
-        floats = record.to(tl.pointer_type(tl.float32), bitcast=True)
         for k in tl.static_range(3 * N_SETS):
             feature = tl.zeros((PIXELS,), tl.float32)
             if CHANNEL[k] >= 0:
                 feature = tl.load(constants + CHANNEL[k] * plane + own, mask=seen, other=0.0)
-            tl.store(floats + (k // 3 * SLOTS // 2 + k % 3), feature[:, None], mask=written)
+            piece = (row + _at(column, pitch, k // 3 * SLOTS, SLOTS)).to(tl.pointer_type(tl.float32), bitcast=True)
+            tl.store(piece + k % 3, feature[:, None], mask=written)
 
 
 @triton.jit
@@ -479,22 +492,22 @@ def sum_tile(
         px = tl.max_contiguous(tl.multiple_of(pixel - py * TILE_X, step), step)
     key, slot = tl.arange(0, KEYS), tl.arange(0, SLOTS)
     line = pitch.to(tl.int64)
-    corner = (image * padded_height + row0) * line + (x0 + MARGIN - RADIUS)  # upper left of the halo
-    own = (py + RADIUS).to(OFFSET) * pitch + (px + RADIUS)
-    records += corner * RECORD
+    records += (image * padded_height + row0) * line * RECORD  # first row of the halo
+    left = x0 + (MARGIN - RADIUS)  # and its first column
+    own_row, own_x = records + (py + RADIUS).to(OFFSET) * pitch * RECORD, left + RADIUS + px
     high: tl.constexpr = (N_SETS + GATED) * SLOTS
     low: tl.constexpr = (RECORD + high) // 2
 
     coarse, fine = (), ()
     partner = partners + slot[:, None] * SLOTS + slot[None, :]
     for s in tl.static_range(N_SETS):
-        mine = tl.load(records + (own * RECORD)[:, None] + (slot + s * SLOTS)[None, :])
+        mine = tl.load((own_row + _at(own_x, pitch, s * SLOTS, SLOTS))[:, None] + slot[None, :])
         coarse = coarse + (tl.dot(mine, tl.load(partner)).to(tl.float16),)
         fine = fine + (tl.dot(mine, tl.load(partner + SLOTS * SLOTS)).to(tl.float16),)
 
     gate = None
     if GATED:
-        mine = tl.load(records + (own * RECORD)[:, None] + (slot + N_SETS * SLOTS)[None, :])
+        mine = tl.load((own_row + _at(own_x, pitch, N_SETS * SLOTS, SLOTS))[:, None] + slot[None, :])
         gate = tl.dot(mine, tl.load(partner + 2 * SLOTS * SLOTS)).to(tl.float16)
     sums = ()
     for b in tl.static_range(len(BLOCKS)):
@@ -504,8 +517,8 @@ def sum_tile(
             along_x = _along_x(log2_weights, xy, key + (chunk - RADIUS), px, SETS, RADIUS)
             for row in tl.static_range(TILE_Y + 2 * RADIUS):
                 sums = _sum_row(
-                    sums, row, records + chunk * RECORD + row * line * RECORD, along_y, along_x, coarse, fine, gate,
-                    key + (chunk - RADIUS), px, py, SETS, FIRST_SET, N_SETS, GATED, SPLIT,
+                    sums, row, records + row * line * RECORD, left + chunk + key, pitch, along_y, along_x, coarse, fine,
+                    gate, key + (chunk - RADIUS), px, py, SETS, FIRST_SET, N_SETS, GATED, SPLIT,
                     (row >= RADIUS) & (row < RADIUS + TILE_Y), BLOCKS, FIRST, RECORD, RADIUS, ROWS,
                 )  # fmt: skip
     else:
@@ -517,17 +530,17 @@ def sum_tile(
                     RADIUS + TILE_Y * (part > 0) + RADIUS * (part > 1),
                 ):
                     sums = _sum_row(
-                        sums, row, records + chunk * RECORD + row * line * RECORD, along_y, along_x, coarse, fine, gate,
-                        key + (chunk - RADIUS), px, py, SETS, FIRST_SET, N_SETS, GATED, SPLIT, part == 1, BLOCKS, FIRST,
-                        RECORD, RADIUS, ROWS,
+                        sums, row, records + row * line * RECORD, left + chunk + key, pitch, along_y, along_x, coarse,
+                        fine, gate, key + (chunk - RADIUS), px, py, SETS, FIRST_SET, N_SETS, GATED, SPLIT, part == 1,
+                        BLOCKS, FIRST, RECORD, RADIUS, ROWS,
                     )  # fmt: skip
 
     n = first + tl.program_id(2)
     scales += 3 * n
     if tl.load(scales + 2) > 0:
         sums = _sum_differences(
-            sums, records, own, log2_weights, xy, factors, pitch, px, py, SETS, FIRST_SET, N_SETS, GATED, SPLIT, BLOCKS,
-            FIRST, RECORD, RADIUS, OFFSET, TILE_Y, TILE_X,
+            sums, records, own_row, left, log2_weights, xy, factors, pitch, px, py, SETS, FIRST_SET, N_SETS, GATED,
+            SPLIT, BLOCKS, FIRST, RECORD, RADIUS, OFFSET, TILE_Y, TILE_X,
         )  # fmt: skip
     inside = (py < TILE_Y) & (y0 + py < height) & (x0 + px < width)
     column, right = _stride(stride_c, UNIT, ORDER == "channels"), _stride(stride_x, UNIT, ORDER == "columns")
@@ -549,10 +562,10 @@ def sum_tile(
             mean = tl.zeros((PIXELS,), tl.float32)
         for b in tl.static_range(len(BLOCKS)):
             c = (tl.arange(0, BLOCKS[b]) + FIRST[b])[None, :]
-            value = records + (own * RECORD)[:, None] + (c + high)
-            p = tl.load(value).to(tl.float32)
+            value = own_row[:, None] + tl.arange(0, BLOCKS[b])[None, :]
+            p = tl.load(value + _at(own_x, pitch, high + FIRST[b], BLOCKS[b])[:, None]).to(tl.float32)
             if SPLIT:
-                p += tl.load(value + (low - high)).to(tl.float32)
+                p += tl.load(value + _at(own_x, pitch, low + FIRST[b], BLOCKS[b])[:, None]).to(tl.float32)
             p *= value_scale
             mine = mine + (p,)
             if MODE == "logits":
@@ -612,6 +625,8 @@ def _sum_row(
     sums,
     row,
     records,
+    x,
+    pitch,
     along_y,
     along_x,
     coarse,
@@ -632,40 +647,47 @@ def _sum_row(
     RADIUS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    # adds KEYS pixels of a row of the halo to the sums of a tile; with SELF a pixel may meet itself there
-    key, slot = tl.arange(0, KEYS), tl.arange(0, SLOTS)
+    # adds the KEYS pixels x of a row of records to the sums of a tile; with SELF a pixel may meet itself there
     high: tl.constexpr = (N_SETS + GATED) * SLOTS
     low: tl.constexpr = (RECORD + high) // 2
-    operand = records + key[None, :] * RECORD + slot[:, None]  # [SLOTS, KEYS]
     level = along_y - py + (row + (ROWS // 2 - RADIUS))  # [PIXELS]
     kernel = _kernel(
-        operand, level, along_x[0], coarse, fine, row, column, px, py, SETS[0], FIRST_SET[0], SPLIT, SELF,
+        records, x, pitch, level, along_x[0], coarse, fine, row, column, px, py, SETS[0], FIRST_SET[0], SPLIT, SELF,
         RADIUS,
     )  # fmt: skip
     for m in tl.static_range(1, len(SETS)):
         kernel += _kernel(
-            operand, level + m * ROWS, along_x[m], coarse, fine, row, column, px, py, SETS[m], FIRST_SET[m],
+            records, x, pitch, level + m * ROWS, along_x[m], coarse, fine, row, column, px, py, SETS[m], FIRST_SET[m],
             SPLIT, SELF, RADIUS,
         )  # fmt: skip
     if GATED:
-        kernel *= tl.dot(gate, tl.load(operand + N_SETS * SLOTS))
+        kernel *= tl.dot(gate, _slots(records, x, pitch, N_SETS))
     kernel_high = kernel.to(tl.float16)
     kernel_low = (kernel - kernel_high.to(tl.float32)).to(tl.float16)
     updated = ()
     for b in tl.static_range(len(BLOCKS)):
-        value = records + key[:, None] * RECORD + (tl.arange(0, BLOCKS[b]) + FIRST[b])[None, :]
-        value_high = tl.load(value + high)
+        value = records + tl.arange(0, BLOCKS[b])[None, :]
+        value_high = tl.load(value + _at(x, pitch, high + FIRST[b], BLOCKS[b])[:, None])
         total = tl.dot(kernel_high, value_high, sums[b])
         if SPLIT:
             total = tl.dot(kernel_low, value_high, total)
-            total = tl.dot(kernel_high, tl.load(value + low), total)
+            value_low = tl.load(value + _at(x, pitch, low + FIRST[b], BLOCKS[b])[:, None])
+            total = tl.dot(kernel_high, value_low, total)
         updated = updated + (total,)
     return updated
 
 
 @triton.jit
+def _slots(records, x, pitch, s: tl.constexpr):
+    # of pixels x [SLOTS, KEYS]
+    return tl.load(records + _at(x, pitch, s * SLOTS, SLOTS)[None, :] + tl.arange(0, SLOTS)[:, None])
+
+
+@triton.jit
 def _kernel(
-    operand,
+    records,
+    x,
+    pitch,
     level,
     term,
     coarse,
@@ -690,12 +712,12 @@ def _kernel(
         term += tl.load(level)[:, None]
         # On their own the coarse products are whole numbers of u^2, exact; a tensor core would cut off what it adds
         # them to. Halves need no such care.
-        whole = tl.dot(coarse[FIRST_SET], tl.load(operand + FIRST_SET * SLOTS), None if SPLIT else term)
+        whole = tl.dot(coarse[FIRST_SET], _slots(records, x, pitch, FIRST_SET), None if SPLIT else term)
         for s in tl.static_range(FIRST_SET + 1, FIRST_SET + SETS):
-            whole = tl.dot(coarse[s], tl.load(operand + s * SLOTS), whole)
+            whole = tl.dot(coarse[s], _slots(records, x, pitch, s), whole)
         rest = term if SPLIT else whole
         for s in tl.static_range(FIRST_SET, FIRST_SET + SETS):
-            rest = tl.dot(fine[s], tl.load(operand + s * SLOTS), rest)
+            rest = tl.dot(fine[s], _slots(records, x, pitch, s), rest)
         term = tl.exp2(tl.fma(whole, 1.0, rest) if SPLIT else rest)  # a sum would be folded into the product
     return term
 
@@ -704,7 +726,8 @@ def _kernel(
 def _sum_differences(
     packed_sums,
     records,
-    own,
+    own_row,
+    left,
     log2_weights,
     xy,
     factors,
@@ -728,54 +751,61 @@ def _sum_differences(
     # of packed features, which mean nothing then; in another layout NVIDIA's compiler runs out of registers.
     high: tl.constexpr = (N_SETS + GATED) * SLOTS
     low: tl.constexpr = (RECORD + high) // 2
-    mine = records + own * RECORD
+    own_x = left + RADIUS + px
     sums = ()
     for b in tl.static_range(len(BLOCKS)):
         sums = sums + (tl.where((packed_sums[b] > 0) & (packed_sums[b] < 0), 1.0, 0.0),)
     for step in tl.range(0, (TILE_Y + 2 * RADIUS) * (TILE_X + 2 * RADIUS), num_stages=1):
         row, column = step // (TILE_X + 2 * RADIUS), step % (TILE_X + 2 * RADIUS)
-        other = records + ((tl.zeros((1,), OFFSET) + row) * pitch + column) * RECORD
+        other, x = records + (tl.zeros((1,), OFFSET) + row) * pitch * RECORD, left + column
         dy, dx = (row - RADIUS - py).to(tl.float32), (column - RADIUS - px).to(tl.float32)
         squared = dy * dy + dx * dx
         met = (tl.abs(dy) <= RADIUS) & (tl.abs(dx) <= RADIUS) & (squared > 0)
         kernel = tl.zeros_like(squared)
         for m in tl.static_range(len(SETS)):
             exponent = log2_weights[m] - xy[m] * squared
-            kernel += tl.exp2(_less_differences(exponent, mine, other, factors, SETS[m], FIRST_SET[m]))
+            kernel += tl.exp2(
+                _less_differences(exponent, own_row, own_x, other, x, pitch, factors, SETS[m], FIRST_SET[m])
+            )
         kernel = tl.where(met, kernel, 0.0)
         if GATED:
-            gates = _gate(mine, N_SETS, 0) * _gate(other, N_SETS, 2) + _gate(mine, N_SETS, 2) * _gate(other, N_SETS, 0)
+            mine = own_row + _at(own_x, pitch, N_SETS * SLOTS, SLOTS)
+            others = other + _at(x, pitch, N_SETS * SLOTS, SLOTS)
+            gates = _gate(mine, 0) * _gate(others, 2) + _gate(mine, 2) * _gate(others, 0)
             kernel *= gates
         updated = ()
         for b in tl.static_range(len(BLOCKS)):
-            value = other + (tl.arange(0, BLOCKS[b]) + FIRST[b])
-            v = tl.load(value + high).to(tl.float32)
+            value = other + tl.arange(0, BLOCKS[b])
+            v = tl.load(value + _at(x, pitch, high + FIRST[b], BLOCKS[b])).to(tl.float32)
             if SPLIT:
-                v += tl.load(value + low).to(tl.float32)
+                v += tl.load(value + _at(x, pitch, low + FIRST[b], BLOCKS[b])).to(tl.float32)
             updated = updated + (sums[b] + kernel[:, None] * v[None, :],)
         sums = updated
     return sums
 
 
 @triton.jit
-def _less_differences(exponent, mine, other, factors, SETS: tl.constexpr, FIRST_SET: tl.constexpr):
+def _less_differences(
+    exponent, own_row, own_x, other, x, pitch, factors, SETS: tl.constexpr, FIRST_SET: tl.constexpr
+):  # fmt: skip
     # less the squared differences of all features of a kernel
     for s in tl.static_range(FIRST_SET, FIRST_SET + SETS):
+        mine, others = own_row + _at(own_x, pitch, s * SLOTS, SLOTS), other + _at(x, pitch, s * SLOTS, SLOTS)
         for k in tl.static_range(3):
-            difference = _feature(mine, s, k) - _feature(other, s, k)
+            difference = _feature(mine, k) - _feature(others, k)
             difference *= factors[3 * s + k]
             exponent -= difference * difference
     return exponent
 
 
 @triton.jit
-def _feature(record, s: tl.constexpr, k: tl.constexpr):
-    return tl.load(record.to(tl.pointer_type(tl.float32), bitcast=True) + (s * SLOTS // 2 + k))
+def _feature(piece, k: tl.constexpr):
+    return tl.load(piece.to(tl.pointer_type(tl.float32), bitcast=True) + k)
 
 
 @triton.jit
-def _gate(record, s: tl.constexpr, place: tl.constexpr):
-    high, low = tl.load(record + (s * SLOTS + place)), tl.load(record + (s * SLOTS + place + 1))
+def _gate(piece, place: tl.constexpr):
+    high, low = tl.load(piece + place), tl.load(piece + (place + 1))
     return high.to(tl.float32) + low.to(tl.float32)
 
 

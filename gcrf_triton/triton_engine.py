@@ -24,8 +24,8 @@ WORKSPACE = 36 * 2**20  # bytes of packed records at a time: they stay in the ca
 LARGEST_KERNEL = 14  # log2, as a half; halves end at 2^16
 LARGEST_SETS = 6
 CHANNELS = 3  # of a set of features
-PARTS = 64  # of an image, which different programs look over
-PREPARED = 256  # pixels at a time
+PARTS = 128  # of an image, which different programs look over
+PREPARED = 1024  # pixels at a time
 RECENT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 
@@ -200,7 +200,7 @@ def _plan(
         2 * sum(counts) + 3 * gated + (mode != "logits"),
         prepare
         | {"COUNT": 0 if mode == "logits" else count, "PARTS": PARTS, "PIXELS": PREPARED}
-        | {"num_warps": 4, "num_stages": 1},
+        | {"num_warps": 8, "num_stages": 1},
         pack | {"PIXELS": config.pack, "num_warps": 1, "num_stages": 1},
         sum_tile | {"PIXELS": config.pixels, "num_warps": config.num_warps, "num_stages": config.num_stages},
     )
@@ -236,7 +236,7 @@ def _sum_tiles(
     along_y = empty(len(weights), plan.pack["ROWS"])
     partners = empty(3, 16, 16, dtype=torch.float16)
     energies = empty(batch * plan.tiles_y * plan.tiles_x if mode != "product" else 0)
-    records = empty(plan.images, padded_height, plan.pitch, plan.record, dtype=torch.float16)
+    records = empty(plan.images, padded_height, plan.record * plan.pitch, dtype=torch.float16)
     layout, result_layout = _layout(values), _layout(result if result.dim() == 4 else values)
     wide = max(_reach(values), _reach(result), records[0].numel()) >= 2**31
     offset = tl.int64 if wide else tl.int32
@@ -370,11 +370,15 @@ def _reach(tensor: Tensor) -> int:
 
 
 def _chunk(batch: int, tiles_y: int, tile_y: int, margin: int, row_bytes: int, workspace: int) -> tuple[int, int]:
-    # how many images, and rows of tiles of them, are packed at a time
+    # how many images, and rows of tiles of them, are packed at a time: as few times as can be, about as many each time
     image_bytes = (tiles_y * tile_y + margin) * row_bytes
     if image_bytes <= workspace:
-        return min(batch, workspace // image_bytes, 2**15), tiles_y
-    return 1, max(1, (workspace // row_bytes - margin) // tile_y)
+        return _share(batch, min(workspace // image_bytes, 2**15)), tiles_y
+    return 1, _share(tiles_y, max(1, (workspace // row_bytes - margin) // tile_y))
+
+
+def _share(whole: int, most: int) -> int:
+    return -(-whole // -(-whole // most))
 
 
 def _chunks(batch: int, tiles_y: int, images: int, tile_rows: int) -> Iterator[tuple[int, int, int, int]]:
