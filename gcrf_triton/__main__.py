@@ -157,7 +157,7 @@ def _measure(
 ) -> float:
     from triton.testing import do_bench, do_bench_cudagraph
 
-    logits.normal_().requires_grad_()
+    logits = logits.detach().normal_().requires_grad_()  # a leaf of its own: in place, the next one's would be refused
     for feature in features.values():
         feature.uniform_()
 

@@ -153,6 +153,24 @@ def test_tune_without_a_gpu_counts_and_says_so(capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.engines("triton")
+@pytest.mark.parametrize("gates", [[], ["--gates"]])
+def test_tune_measures_all_configurations_one_after_another(gates, monkeypatch, capsys):
+    """As on a GPU, for which the interpreter stands."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cpu"))
+    monkeypatch.setattr("gcrf_triton.__main__.select_engine", lambda impl, device: "triton")
+    configs, milliseconds = [Config(4, 8), Config(8, 4), Config(5, 6)], iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(tuning, "space", lambda key: configs)
+    monkeypatch.setattr("triton.testing.do_bench", lambda step, return_mode: (step(), next(milliseconds))[1])
+    main(["tune", "--shape", "1", "2", "8", "9", "--radius", "1", *gates])
+    printed = capsys.readouterr().out
+    assert "failed" not in printed and all(
+        f"{number}.000  {configs[place]}" in printed for place, number in enumerate("312")
+    )
+    assert "best: Config(tile_y=8, tile_x=4" in printed and "kept in" in printed
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
