@@ -326,7 +326,7 @@ def _trips(
         by_depth = [1, window, window**2, *[3 * window**2] * (deepest - 2)]
     elif name == "prepare":
         arguments = dict(zip(launch.kernel.arg_names, launch.positional, strict=False))
-        steps = -(-arguments["height"] * arguments["width"] // (keywords["PARTS"] * keywords["PIXELS"]))
+        steps = -(-arguments["height"] * arguments["width"] // (launch.grid[1] * keywords["PIXELS"]))
         by_depth = [1, steps, *[steps * keywords["COUNT"]] * (deepest - 1)]
     else:
         by_depth = [1] * (deepest + 1)

@@ -51,14 +51,15 @@ def prepare(
 ):
     """Copy features and gates of any dtype as float32, and note how large they are.
 
-    Grid (N, PARTS). A program owns one of PARTS ranges of an image's pixels, PIXELS at a time. It reads channel
+    Grid (N, parts). A program owns one of the parts of an image's pixels, PIXELS at a time. It reads channel
     CHANNEL[k] of features[FEATURE[k]] [N, CHANNELS[k], H, W] and, with SOURCE and DESTINATION, the gates [N, H, W], all
     contiguous, and writes constants [N, K + 2 if gated, H, W]: the channels (those of uint8 divided by 255), s and d (1
     for one that is not given).
 
-    Writes summary [N, rows, PARTS]: the smallest and the largest value of every channel where a gate is open and all
-    channels are finite; with gates the largest s, the largest d, and the sum of d (of s without it); with COUNT > 0 the
-    largest finite magnitude of the value columns [N, COUNT, H, W] of any strides and dtype.
+    Writes summary [N, rows, PARTS], as many of each row as there are parts: the smallest and the largest value of every
+    channel where a gate is open and all channels are finite; with gates the largest s, the largest d, and the sum of d
+    (of s without it); with COUNT > 0 the largest finite magnitude of the value columns [N, COUNT, H, W] of any strides
+    and dtype.
     """
     GATED: tl.constexpr = SOURCE or DESTINATION
     K: tl.constexpr = len(CHANNEL)
@@ -69,7 +70,7 @@ def prepare(
     for _channel in tl.static_range(K):
         lows, highs = lows + (none + float("inf"),), highs + (none - float("inf"),)
     largest_s, largest_d, total, largest = none, none, none, none
-    share = tl.cdiv(plane, PARTS * PIXELS) * PIXELS
+    share = tl.cdiv(plane, tl.num_programs(1) * PIXELS) * PIXELS
     first, last = part * share, tl.minimum((part + 1) * share, plane)
     while first < last:  # no range: Triton 3.6's interpreter fails on tensors as bounds with NumPy 2.5
         pixel = first + tl.arange(0, PIXELS)
@@ -130,21 +131,23 @@ def _at(x, pitch, FIRST: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _largest(summary, row, PARTS: tl.constexpr):
-    return tl.max(tl.load(summary + row * PARTS + tl.arange(0, PARTS)))
+def _largest(summary, row, parts, PARTS: tl.constexpr):
+    part = tl.arange(0, PARTS)
+    return tl.max(tl.load(summary + row * PARTS + part, mask=part < parts, other=float("-inf")))
 
 
 @triton.jit
-def _middle(summary, k, PARTS: tl.constexpr):
+def _middle(summary, k, parts, PARTS: tl.constexpr):
     # of the values of channel k, and how far from it they lie; 0 where no gate is open
-    low = tl.min(tl.load(summary + 2 * k * PARTS + tl.arange(0, PARTS)))
-    high = _largest(summary, 2 * k + 1, PARTS)
+    part = tl.arange(0, PARTS)
+    low = tl.min(tl.load(summary + 2 * k * PARTS + part, mask=part < parts, other=float("inf")))
+    high = _largest(summary, 2 * k + 1, parts, PARTS)
     low, high = tl.where(low > high, 0.0, low), tl.where(low > high, 0.0, high)
     half = 0.5 * high - 0.5 * low
     return low + half, half
 
 
-SIZES = ["first", "images", "height", "width", "top", "padded_height", "pitch"]
+SIZES = ["first", "images", "parts", "height", "width", "top", "padded_height", "pitch"]
 STRIDES = ["stride_n", "stride_c", "stride_y", "stride_x"]
 
 
@@ -161,6 +164,7 @@ def pack(
     scales,
     first,
     images,
+    parts,
     height,
     width,
     top,
@@ -269,7 +273,7 @@ def pack(
         columns, total = _softmax(columns, tl.where(inside, 2.0**LARGEST_VALUE, 0.0))
         finite = finite & _is_finite(total)
     else:
-        value_exponent = _exponent_above(_largest(summary, ALL - 1, PARTS))
+        value_exponent = _exponent_above(_largest(summary, ALL - 1, parts, PARTS))
     hidden = closed & (finite == 0)
     for b in tl.static_range(len(BLOCKS)):
         c = (tl.arange(0, BLOCKS[b]) + FIRST[b])[None, :]
@@ -290,8 +294,8 @@ def pack(
     if GATED:
         s, d = tl.where(hidden, 0.0, s), tl.where(hidden, 0.0, d)
         seen = inside & ((s != 0) | (d != 0))
-        exponent_s = _exponent_above(_largest(summary, 2 * K, PARTS))
-        exponent_d = _exponent_above(_largest(summary, 2 * K + 1, PARTS))
+        exponent_s = _exponent_above(_largest(summary, 2 * K, parts, PARTS))
+        exponent_d = _exponent_above(_largest(summary, 2 * K + 1, parts, PARTS))
         gate_scale = tl.exp2(exponent_s + exponent_d)
         s, d = s * tl.exp2(-exponent_s), d * tl.exp2(-exponent_d)
         s_high, d_high = s.to(tl.float16), d.to(tl.float16)
@@ -308,7 +312,7 @@ def pack(
         bound = 0.0
         for k in tl.static_range(3 * g, 3 * g + 3):
             if CHANNEL[k] >= 0:
-                _, half = _middle(summary, CHANNEL[k], PARTS)
+                _, half = _middle(summary, CHANNEL[k], parts, PARTS)
                 bound = tl.maximum(half * factors[k], bound)
         unit_exponent = tl.maximum(_exponent_above(bound) - 10, -8.0)
         largest_unit = tl.maximum(unit_exponent, largest_unit)
@@ -319,7 +323,7 @@ def pack(
         for k in tl.static_range(3 * g, 3 * g + 3):
             feature = tl.zeros((PIXELS,), tl.float32)
             if CHANNEL[k] >= 0:
-                middle, _ = _middle(summary, CHANNEL[k], PARTS)
+                middle, _ = _middle(summary, CHANNEL[k], parts, PARTS)
                 feature = tl.load(constants + CHANNEL[k] * plane + own, mask=inside, other=0.0)
                 feature = tl.where(seen, (feature - middle) * factors[k], 0.0)
             h = ((feature * units + 12582912.0) - 12582912.0) * unit  # 1.5 2^23 rounds to whole numbers
@@ -340,12 +344,13 @@ def pack(
 
     if tl.program_id(0) == 0:
         if GATED and MEAN:
-            mass, other = 0.0, 0
-            while other < images:
-                sums = tl.load(whole + (other * ALL + 2 * K + 2) * PARTS + tl.arange(0, PARTS))
-                mass += tl.sum(sums)
-                other += 1
-            gate_scale /= tl.maximum(mass, 1.0)
+            part, others, other = tl.arange(0, PARTS)[None, :], tl.arange(0, 8)[:, None], 0
+            sums = tl.zeros((8, PARTS), tl.float32)
+            while other < images:  # eight at a time, as one would wait for the other
+                mass = whole + ((other + others) * ALL + 2 * K + 2) * PARTS + part
+                sums += tl.load(mass, mask=(other + others < images) & (part < parts), other=0.0)
+                other += 8
+            gate_scale /= tl.maximum(tl.sum(tl.sum(sums, axis=1), axis=0), 1.0)
         tl.store(scales + 3 * n, gate_scale)
         if not SOFTMAX:
             tl.store(scales + 3 * n + 1, tl.exp2(value_exponent - LARGEST_VALUE))

@@ -24,7 +24,7 @@ WORKSPACE = 36 * 2**20  # bytes of packed records at a time: they stay in the ca
 LARGEST_KERNEL = 14  # log2, as a half; halves end at 2^16
 LARGEST_SETS = 6
 CHANNELS = 3  # of a set of features
-PARTS = 128  # of an image, which different programs look over
+PARTS = 128  # of an image, which different programs look over, at most
 PREPARED = 1024  # pixels at a time
 RECENT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
@@ -144,6 +144,7 @@ class Plan:
     pitch: int
     record: int  # halves
     rows: int  # of the summary
+    parts: int
     prepare: dict[str, Any]  # constants of the kernels
     pack: dict[str, Any]
     sum_tile: dict[str, Any]
@@ -198,6 +199,7 @@ def _plan(
         pitch,
         record,
         2 * sum(counts) + 3 * gated + (mode != "logits"),
+        min(PARTS, -(-height * width // PREPARED)),
         prepare
         | {"COUNT": 0 if mode == "logits" else count, "PARTS": PARTS, "PIXELS": PREPARED}
         | {"num_warps": 8, "num_stages": 1},
@@ -241,7 +243,7 @@ def _sum_tiles(
     wide = max(_reach(values), _reach(result), records[0].numel()) >= 2**31
     offset = tl.int64 if wide else tl.int32
     with _current(device), _naming(config, device):
-        kernels.prepare[(batch, plan.prepare["PARTS"])](
+        kernels.prepare[(batch, plan.parts)](
             tuple(feature.contiguous() for feature in features),
             values if source is None else _bytes(source),
             values if destination is None else _bytes(destination),
@@ -269,6 +271,7 @@ def _sum_tiles(
                 scales,
                 first,
                 batch,
+                plan.parts,
                 height,
                 width // layout.unit,
                 top_row,

@@ -22,7 +22,7 @@ KEYS = 16  # pixels of the halo that a tile meets at a time
 LARGEST_COLUMNS = 64  # of a tile, in registers: more classes take several passes
 MOST_UNROLLED = 20  # steps: beyond, the code outgrows the instruction cache
 REGISTERS = 172  # a thread may be estimated to need: the estimate is rough, and 255 the limit
-STAGES = 3  # on NVIDIA: an H100 took 0.51 to 0.79 of the time of 1
+STAGES = 3  # on NVIDIA: an H100 took 0.54 to 0.79 of the time of 1
 MORE_REGISTERS = 212  # for NVIDIA and gfx942: loops estimated at so many were seen to spill 16 bytes at most
 
 

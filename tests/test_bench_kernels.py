@@ -308,3 +308,29 @@ def test_launches_of_a_step_are_listed(capsys):
     assert sum(line.startswith("wsl4mis") for line in lines) == 2
     assert launches.main(["--quick", "--case", "wsl4mis", "--gates", "no", "--steps", "1"]) == 0
     assert not capsys.readouterr().out
+
+
+def test_a_training_step_is_timed_with_the_loss_and_without(tmp_path, capsys):
+    from bench import training_step
+
+    path = tmp_path / "steps.csv"
+    for _ in range(2):
+        assert training_step.main(["--quick", "--turns", "2", "--out", str(path)]) == 0
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["precision"] for row in rows] == 2 * ["float32", "bfloat16"] or torch.cuda.is_available()
+    for row in rows:
+        without, with_loss = float(row["seconds_without"]), float(row["seconds_with"])
+        assert 0 < without < with_loss and row["turns"] == "2" and row["torch"] == torch.__version__
+        assert float(row["percent_more_p20"]) <= float(row["percent_more_median"]) <= float(row["percent_more_p80"])
+    assert capsys.readouterr().out.count(" ms, ") == 4
+
+
+def test_a_training_step_needs_torchvision(monkeypatch, capsys):
+    from bench import training_step
+
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setitem(sys.modules, "torchvision.models.segmentation", None)
+    with pytest.raises(SystemExit) as stopped:
+        training_step.main([])
+    assert stopped.value.code == 2 and "expected torchvision" in capsys.readouterr().err

@@ -148,3 +148,15 @@ def test_soft_gates_are_weights(dtype):
     one = problem.loss(reduction="sum")
     problem.source = 0.5 * problem.source
     torch.testing.assert_close(problem.loss(reduction="sum"), 0.5 * one)
+
+
+@pytest.mark.parametrize("gates, pixels", [("s", 8), ("sd", 8), ("d", 1024)])
+def test_a_mean_is_over_the_gates_of_all_images_and_all_their_parts(dtype, gates, pixels, monkeypatch):
+    """More images than are summed at once, whose pixels fill several parts or less than one."""
+    monkeypatch.setattr("gcrf_triton.triton_engine.PREPARED", pixels)
+    problem = make_problem((9, 2, 3, 5), radius=1, gates=gates, dtype=dtype)
+    mass = getattr(problem, "destination" if "d" in gates else "source").double().sum()
+    value, gradient = value_and_gradient(problem, lambda p: p.loss())
+    total, total_gradient = value_and_gradient(problem, lambda p: p.loss(reduction="sum"))
+    torch.testing.assert_close(mass * value.double(), total.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(mass * gradient.double(), total_gradient.double(), rtol=1e-5, atol=1e-6)

@@ -70,7 +70,8 @@ def test_no_spills_and_little_shared_memory(target, rows_of_targets):
 
 
 def test_the_cost_of_the_paper_s_problem():
-    limits = {("float16", False): 24.5, ("float16", True): 30.5, ("float32", False): 36.5, ("float32", True): 42}
+    # a sixth or more above what the fewest instructions take, a third less time on an H100 (bench/README.md)
+    limits = {("float16", False): 30, ("float16", True): 41, ("float32", False): 45, ("float32", True): 54.5}
     cases = [("sm_90", {"dtype": dtype, "gates": gates}) for dtype, gates in limits]
     older = 1 if triton_engine.RECENT else 1.08  # 3.5 takes 3 to 7 % more than 3.9, of which the costs are stated
     for limit, rows in zip(limits.values(), compiled(*cases), strict=True):
