@@ -204,7 +204,7 @@ def pack(
     pieces: a row has the first set of all its pixels, pixel by pixel, then the next, the gates, and the values block by
     block, so that what a tile reads at a time lies together. Images lie MARGIN from the left and RADIUS from the top,
     and the first padded row is RADIUS above row `top` of the image; the values around are 0. The width and the strides
-    are given in UNITs; ORDER names the stride that is 1.
+    are given in UNITs, the parts of the summary in fours; ORDER names the stride that is 1.
 
     A set g has three channels for one kernel: CHANNEL says which (-1: none, 0), the summary between which values they
     lie, from whose middle they are counted, and `factors` by what they are multiplied. With u a power of two,
@@ -233,7 +233,7 @@ def pack(
     and s d' + d s'.
     """
     ALL: tl.constexpr = 2 * K + 3 * GATED + (not SOFTMAX)  # rows of the summary
-    width, pitch = width * UNIT, pitch * 16
+    width, pitch, parts = width * UNIT, pitch * 16, parts * 4
     image = tl.program_id(1)
     n = first.to(tl.int64) + image
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)

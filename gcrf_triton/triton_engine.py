@@ -199,7 +199,7 @@ def _plan(
         pitch,
         record,
         2 * sum(counts) + 3 * gated + (mode != "logits"),
-        min(PARTS, -(-height * width // PREPARED)),
+        min(PARTS, -(-height * width // (4 * PREPARED)) * 4),  # so that summaries are loaded four values at a time
         prepare
         | {"COUNT": 0 if mode == "logits" else count, "PARTS": PARTS, "PIXELS": PREPARED}
         | {"num_warps": 8, "num_stages": 1},
@@ -271,7 +271,7 @@ def _sum_tiles(
                 scales,
                 first,
                 batch,
-                plan.parts,
+                plan.parts // 4,
                 height,
                 width // layout.unit,
                 top_row,

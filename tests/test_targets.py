@@ -22,8 +22,10 @@ def compiled(*cases):
     program = (
         "import json, sys\n"
         "from bench.static_cost import rows_of\n"
+        "from gcrf_triton.tuning import Config\n"
         "for target, problem in json.loads(sys.argv[1]):\n"
-        "    print(json.dumps(rows_of(target, **problem)))\n"
+        "    config = problem.pop('config', None)\n"
+        "    print(json.dumps(rows_of(target, config=config and Config(**config), **problem)))\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_DEFAULT_FP_FUSION"] = "1"
@@ -71,7 +73,7 @@ def test_no_spills_and_little_shared_memory(target, rows_of_targets):
 
 def test_the_cost_of_the_paper_s_problem():
     # a sixth or more above what the fewest instructions take, a third less time on an H100 (bench/README.md)
-    limits = {("float16", False): 30, ("float16", True): 41, ("float32", False): 45, ("float32", True): 54.5}
+    limits = {("float16", False): 30, ("float16", True): 40.5, ("float32", False): 45, ("float32", True): 54}
     cases = [("sm_90", {"dtype": dtype, "gates": gates}) for dtype, gates in limits]
     older = 1 if triton_engine.RECENT else 1.08  # 3.5 takes 3 to 7 % more than 3.9, of which the costs are stated
     for limit, rows in zip(limits.values(), compiled(*cases), strict=True):
@@ -80,7 +82,17 @@ def test_the_cost_of_the_paper_s_problem():
         assert together["special_clocks"] < together["issue_clocks"] <= limit * older
         for row in rows[:-1]:
             assert row["spilled_bytes"] == 0
-            assert row["wide_loads"] >= 0.5 * row["loads"] or row["kernel"] == "prepare"  # which knows no row's end
+            if (
+                row["kernel"] == "sum_tile"
+            ):  # of the others, `prepare` knows no row's end, and `pack` has a pixel a thread
+                assert row["wide_loads"] >= 0.5 * row["loads"]
+
+
+def test_several_pixels_of_a_thread_are_loaded_at_once():
+    config = {"tile_y": 8, "tile_x": 4, "pack": 128}
+    _, pack, tile, _ = compiled(("sm_90", {"dtype": "float16", "config": config}))[0]
+    assert (pack["kernel"], tile["kernel"]) == ("pack", "sum_tile")
+    assert all(row["wide_loads"] >= 0.5 * row["loads"] and row["spilled_bytes"] == 0 for row in (pack, tile))
 
 
 def test_cost_grows_slower_than_classes_and_no_faster_than_the_halo():
