@@ -320,8 +320,8 @@ def test_a_training_step_is_timed_with_the_loss_and_without(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert [row["precision"] for row in rows] == 2 * ["float32", "bfloat16"] or torch.cuda.is_available()
     for row in rows:
-        without, with_loss = float(row["seconds_without"]), float(row["seconds_with"])
-        assert 0 < without < with_loss and row["turns"] == "2" and row["torch"] == torch.__version__
+        assert min(float(row["seconds_without"]), float(row["seconds_with"])) > 0
+        assert row["turns"] == "2" and row["torch"] == torch.__version__
         assert float(row["percent_more_p20"]) <= float(row["percent_more_median"]) <= float(row["percent_more_p80"])
     assert capsys.readouterr().out.count(" ms, ") == 4
 
