@@ -82,9 +82,7 @@ def test_the_cost_of_the_paper_s_problem():
         assert together["special_clocks"] < together["issue_clocks"] <= limit * older
         for row in rows[:-1]:
             assert row["spilled_bytes"] == 0
-            if (
-                row["kernel"] == "sum_tile"
-            ):  # of the others, `prepare` knows no row's end, and `pack` has a pixel a thread
+            if row["kernel"] == "sum_tile":  # `prepare` knows no row's end, and `pack` has a pixel a thread
                 assert row["wide_loads"] >= 0.5 * row["loads"]
 
 
