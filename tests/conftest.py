@@ -24,11 +24,15 @@ def spare_interpreter():
     It checks for overflow and drops what it finds, patches its language again at every call of a function, writes down
     a table of types for every operation, and reduces one row after another where all could be reduced at once.
     """
+    import triton.language as tl
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     builder, patch_once = interpreter.interpreter_builder, functools.cache(interpreter._patch_lang)
     reduce_each = interpreter.ReduceOps.generic_reduce
     look_up, remember = interpreter._get_np_dtype, functools.cache(interpreter._get_np_dtype)
+    make_block, make_tensor, blocks, tensors = tl.block_type.__init__, tl.tensor.__init__, {}, {}
+    broadcast_unlike = TritonSemantic.broadcast_impl_value
 
     def call(function, *arguments, **keywords):
         patch_once(function.fn)
@@ -36,6 +40,23 @@ def spare_interpreter():
 
     def numpy_type(kind):
         return look_up(kind.scalar) if kind.scalar.is_ptr() else remember(kind.scalar)  # pointers have no hash
+
+    def block_of(self, kind, shape):
+        key = str(kind), *(size.value if isinstance(size, tl.constexpr) else size for size in shape)
+        if key not in blocks:
+            make_block(self, kind, shape)
+            blocks[key] = dict(vars(self))
+        vars(self).update(blocks[key], element_ty=kind)
+
+    def tensor_of(self, handle, kind):
+        if kind.name not in tensors:
+            make_tensor(self, handle, kind)
+            tensors[kind.name] = {"shape": self.shape, "numel": self.numel}
+        vars(self).update(tensors[kind.name], handle=handle, type=kind, dtype=kind.scalar)
+
+    def broadcast(semantic, one, other):
+        alike = one.type.is_block() and other.type.is_block() and one.type.shape.values == other.type.shape.values
+        return (one, other) if alike else broadcast_unlike(semantic, one, other)
 
     def reduce_all_rows(reduction, tensors):
         if reduction.axis is None:
@@ -55,6 +76,8 @@ def spare_interpreter():
     interpreter.InterpretedFunction.__call__ = call
     interpreter._get_np_dtype = numpy_type
     interpreter.ReduceOps.generic_reduce = reduce_all_rows
+    tl.block_type.__init__, tl.tensor.__init__ = block_of, tensor_of
+    TritonSemantic.broadcast_impl_value = broadcast
 
 
 with contextlib.suppress(ImportError, AttributeError):  # there is none, or it does so no more

@@ -1,6 +1,7 @@
 """Promise: neither another default device nor another default dtype changes anything."""
 
 import ast
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +38,16 @@ def test_every_new_tensor_is_told_its_device_and_dtype():
     assert found > 5
 
 
+@functools.cache
+def expected_of(engine):
+    """What an engine of the tests computes without another default."""
+    return everything(a_problem())
+
+
+def a_problem():
+    return make_problem((2, 3, 5, 6), KERNELS, 2, "sd", True, torch.float32)
+
+
 def everything(problem):
     """Losses and gradients of the main paths, of tensors on the CPU."""
     cpu = {"device": "cpu", "dtype": torch.float32}
@@ -67,9 +78,8 @@ def everything(problem):
 
 @pytest.mark.engines("torch", "triton")
 @pytest.mark.parametrize("default", ["meta", torch.float64, torch.float16], ids=str)
-def test_defaults_change_nothing(default):
-    problem = make_problem((2, 3, 5, 6), KERNELS, 2, "sd", True, torch.float32)
-    expected = everything(problem)
+def test_defaults_change_nothing(default, engine):
+    problem, expected = a_problem(), expected_of(engine)
     try:
         if default == "meta":
             torch.set_default_device(default)

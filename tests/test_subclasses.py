@@ -1,5 +1,7 @@
 """Promise: tensors that other libraries bring behave as plain ones; what holds no values, or has no rule, says so."""
 
+import functools
+
 import pytest
 import torch
 from problems import make_problem
@@ -47,28 +49,36 @@ WRAPPERS = {
 }
 
 
+def loss_and_gradient(wrap, settings, recording):
+    """The loss of wrapped tensors, and where it is recorded the gradient."""
+    problem = make_problem((2, 3, 5, 6), gates="sd", compatibility=True, dtype=torch.float32)
+    x = problem.probabilities = wrap(problem.probabilities).requires_grad_(recording is torch.enable_grad)
+    problem.features = {name: wrap(feature) for name, feature in problem.features.items()}
+    for name in ("source", "destination", "compatibility"):
+        setattr(problem, name, wrap(getattr(problem, name)))
+    with recording():
+        loss = problem.loss(**settings)
+    if recording is torch.enable_grad:
+        loss.sum().backward()
+    return loss, x.grad
+
+
+@functools.cache
+def of_plain_tensors(engine, recording, **settings):
+    """`loss_and_gradient`, by the engine of the tests."""
+    return loss_and_gradient(lambda tensor: tensor, settings, recording)
+
+
 @pytest.mark.engines("torch", "triton")
 @pytest.mark.parametrize("recording", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("settings", [{}, {"reduction": "sum", "from_logits": True}, {"reduction": "none"}], ids=str)
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-def test_the_loss_of_subclasses_is_that_of_plain_tensors(wrap, settings, recording):
-    problem = make_problem((2, 3, 5, 6), gates="sd", compatibility=True, dtype=torch.float32)
-    plain = problem.probabilities.clone().requires_grad_(recording is torch.enable_grad)
-    wrapped = wrap(problem.probabilities.clone()).requires_grad_(recording is torch.enable_grad)
-    losses = []
-    for number, prediction in enumerate((plain, wrapped)):
-        problem.probabilities = prediction
-        if number == 1:
-            problem.features = {name: wrap(feature) for name, feature in problem.features.items()}
-            for name in ("source", "destination", "compatibility"):
-                setattr(problem, name, wrap(getattr(problem, name)))
-        with recording():
-            losses.append(problem.loss(**settings))
-    assert type(losses[1]) is torch.Tensor and torch.equal(*losses)
+def test_the_loss_of_subclasses_is_that_of_plain_tensors(wrap, settings, recording, engine):
+    expected, expected_gradient = of_plain_tensors(engine, recording, **settings)
+    loss, gradient = loss_and_gradient(wrap, settings, recording)
+    assert type(loss) is torch.Tensor and torch.equal(loss, expected)
     if recording is torch.enable_grad:
-        for loss in losses:
-            loss.sum().backward()
-        assert torch.equal(wrapped.grad.as_subclass(torch.Tensor), plain.grad)
+        assert torch.equal(gradient.as_subclass(torch.Tensor), expected_gradient)
 
 
 @pytest.mark.parametrize("recording", [torch.enable_grad, torch.no_grad, torch.inference_mode])

@@ -1,47 +1,33 @@
 """Promise: the kernels compile for every target, without spills and within its shared memory, at the stated cost."""
 
 import itertools
-import json
-import os
+import multiprocessing
 import platform
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
 from bench.machine_code import TARGETS
-from bench.static_cost import fits
+from bench.static_cost import fits, rows_of
+from gcrf_triton.tuning import Config
 
 triton_engine = pytest.importorskip("gcrf_triton.triton_engine")
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="Triton compiles on Linux only")
 
 
-def compiled(*cases):
+@pytest.fixture(scope="module")
+def compiled():
     """Rows of `bench.static_cost.rows_of` for cases (target, problem), compiled by processes that interpret nothing."""
-    program = (
-        "import json, sys\n"
-        "from bench.static_cost import rows_of\n"
-        "from gcrf_triton.tuning import Config\n"
-        "for target, problem in json.loads(sys.argv[1]):\n"
-        "    config = problem.pop('config', None)\n"
-        "    print(json.dumps(rows_of(target, config=config and Config(**config), **problem)))\n"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_DEFAULT_FP_FUSION"] = "1"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        patch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:
 
-    def compile_part(part):
-        command = [sys.executable, "-c", program, json.dumps(part)]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert not run.returncode, run.stderr
-        return [json.loads(line) for line in run.stdout.splitlines()]
+            def rows_of_cases(*cases):
+                found = [processes.submit(rows_of, target, **problem) for target, problem in cases]
+                return [each.result() for each in found]
 
-    parts = [part for part in (cases[::2], cases[1::2]) if part]
-    rows = [[]] * len(cases)
-    with ThreadPoolExecutor(len(parts)) as pool:
-        for first, found in enumerate(pool.map(compile_part, parts)):
-            rows[first::2] = found
-    return rows
+            yield rows_of_cases
 
 
 def assert_fits(rows):
@@ -52,7 +38,7 @@ def assert_fits(rows):
 
 
 @pytest.fixture(scope="module")
-def rows_of_targets():
+def rows_of_targets(compiled):
     # small windows, as those unroll into what compiles in seconds; the next test has the large one
     logits = {"radius": 2, "gates": True}
     halves = {"radius": 2, "dtype": "bfloat16"}
@@ -71,7 +57,7 @@ def test_no_spills_and_little_shared_memory(target, rows_of_targets):
         assert_fits(rows)
 
 
-def test_the_cost_of_the_paper_s_problem():
+def test_the_cost_of_the_paper_s_problem(compiled):
     # a sixth or more above what the fewest instructions take, a third less time on an H100 (bench/README.md)
     limits = {("float16", False): 30, ("float16", True): 40.5, ("float32", False): 45, ("float32", True): 54}
     cases = [("sm_90", {"dtype": dtype, "gates": gates}) for dtype, gates in limits]
@@ -86,14 +72,14 @@ def test_the_cost_of_the_paper_s_problem():
                 assert row["wide_loads"] >= 0.5 * row["loads"]
 
 
-def test_several_pixels_of_a_thread_are_loaded_at_once():
-    config = {"tile_y": 8, "tile_x": 4, "pack": 128}
+def test_several_pixels_of_a_thread_are_loaded_at_once(compiled):
+    config = Config(tile_y=8, tile_x=4, pack=128)
     _, pack, tile, _ = compiled(("sm_90", {"dtype": "float16", "config": config}))[0]
     assert (pack["kernel"], tile["kernel"]) == ("pack", "sum_tile")
     assert all(row["wide_loads"] >= 0.5 * row["loads"] and row["spilled_bytes"] == 0 for row in (pack, tile))
 
 
-def test_cost_grows_slower_than_classes_and_no_faster_than_the_halo():
+def test_cost_grows_slower_than_classes_and_no_faster_than_the_halo(compiled):
     def problem(classes, radius):
         return ("sm_90", {"classes": classes, "radius": radius, "dtype": "float16"})
 
@@ -103,7 +89,7 @@ def test_cost_grows_slower_than_classes_and_no_faster_than_the_halo():
     assert wide / narrow <= (5 + 2 * 4) ** 2 / (5 + 2 * 2) ** 2
 
 
-def test_the_model_names_the_unit_that_sets_the_bound():
+def test_the_model_names_the_unit_that_sets_the_bound(compiled):
     *_, together = compiled(("sm_90", {"radius": 2, "dtype": "float16"}))[0]
     clocks = {name: value for name, value in together.items() if name.endswith("_clocks") and name != "bound_clocks"}
     assert together["bound_clocks"] == max(clocks.values()) == clocks[f"{together['bound_by']}_clocks"]
