@@ -19,10 +19,11 @@ OPTIONAL = ("efficientnet_lite_pytorch", "h5py", "imgviz", "matplotlib", "PIL", 
 
 
 def spare_interpreter():
-    """Keep Triton's interpreter from what it does for nothing; kernels take half the time, and fail as before.
+    """Keep Triton's interpreter from what it does for nothing: kernels take half the time or less, and fail as before.
 
     It checks for overflow and drops what it finds, patches its language again at every call of a function, writes down
-    a table of types for every operation, and reduces one row after another where all could be reduced at once.
+    a table of types for every operation, makes the types and shapes of its tensors anew, compares shapes that are the
+    same, and reduces one row after another where all could be reduced at once.
     """
     import triton.language as tl
     from triton.language.semantic import TritonSemantic
@@ -31,7 +32,7 @@ def spare_interpreter():
     builder, patch_once = interpreter.interpreter_builder, functools.cache(interpreter._patch_lang)
     reduce_each = interpreter.ReduceOps.generic_reduce
     look_up, remember = interpreter._get_np_dtype, functools.cache(interpreter._get_np_dtype)
-    make_block, make_tensor, blocks, tensors = tl.block_type.__init__, tl.tensor.__init__, {}, {}
+    make_block, make_tensor, blocks, shapes = tl.block_type.__init__, tl.tensor.__init__, {}, {}
     broadcast_unlike = TritonSemantic.broadcast_impl_value
 
     def call(function, *arguments, **keywords):
@@ -49,10 +50,10 @@ def spare_interpreter():
         vars(self).update(blocks[key], element_ty=kind)
 
     def tensor_of(self, handle, kind):
-        if kind.name not in tensors:
+        if kind.name not in shapes:
             make_tensor(self, handle, kind)
-            tensors[kind.name] = {"shape": self.shape, "numel": self.numel}
-        vars(self).update(tensors[kind.name], handle=handle, type=kind, dtype=kind.scalar)
+            shapes[kind.name] = {"shape": self.shape, "numel": self.numel}
+        vars(self).update(shapes[kind.name], handle=handle, type=kind, dtype=kind.scalar)
 
     def broadcast(semantic, one, other):
         alike = one.type.is_block() and other.type.is_block() and one.type.shape.values == other.type.shape.values
@@ -80,8 +81,9 @@ def spare_interpreter():
     TritonSemantic.broadcast_impl_value = broadcast
 
 
-with contextlib.suppress(ImportError, AttributeError):  # there is none, or it does so no more
-    spare_interpreter()
+if os.environ["TRITON_INTERPRET"] == "1":
+    with contextlib.suppress(ImportError, AttributeError):  # there is none, or it does so no more
+        spare_interpreter()
 
 
 def reason_to_skip(report: str) -> str | None:
