@@ -19,7 +19,7 @@ OPTIONAL = ("efficientnet_lite_pytorch", "h5py", "imgviz", "matplotlib", "PIL", 
 
 
 def spare_interpreter():
-    """Keep Triton's interpreter from what it does for nothing: kernels take half the time or less, and fail as before.
+    """Keep Triton's interpreter from what it does for nothing: kernels take a third of the time, and fail as before.
 
     It checks for overflow and drops what it finds, patches its language again at every call of a function, writes down
     a table of types for every operation, makes the types and shapes of its tensors anew, compares shapes that are the

@@ -69,14 +69,10 @@ def test_the_figures_of_the_h100_are_those_that_were_measured():
     whole = [("voc-full", "float16"), *((case, "float32") for case in ("voc-full", "official-clicks", "wsl4mis"))]
     for case, dtype in whole:
         own, *others = (rows[case, dtype, name] for name in ("triton-engine", "official", "flex"))
-        ratios = ["{ratio_median:.3g} ({ratio_p20:.3g}-{ratio_p80:.3g})".format_map(Numbers(other)) for other in others]
+        points = [[float(other[f"ratio_{point}"]) for point in ("median", "p20", "p80")] for other in others]
+        ratios = [f"{median:.3g} ({p20:.3g}-{p80:.3g})" for median, p20, p80 in points]
         assert f"| {case} | {dtype} | {1e3 * float(own['seconds_median']):.3f} ms | {' | '.join(ratios)} |" in text
         assert f" {int(own['peak_bytes']) / 1e6:.1f} MB, {int(others[0]['peak_bytes']) / 1e6:.0f} MB |" in text
-
-
-class Numbers(dict):
-    def __getitem__(self, name):
-        return float(super().__getitem__(name))
 
 
 def test_the_errors_are_those_that_were_found():
