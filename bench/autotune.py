@@ -24,9 +24,9 @@ import torch
 from tqdm import tqdm
 
 from bench import static_cost
-from bench.cases import NAMED, Case, named
 from bench.machine_code import TARGETS
-from bench.progress import write_line
+from bench.measuring.cases import NAMED, Case, named
+from bench.measuring.progress import write_line
 from gcrf_triton import tuning
 from gcrf_triton.__main__ import DTYPES, find_configuration, triton_version
 from gcrf_triton.checks import parse_kernels

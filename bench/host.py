@@ -110,7 +110,7 @@ def compile_kernels() -> dict[str, float]:
 
 def in_turns(checkouts: Sequence[Path], rounds: int) -> dict[Path, list[dict[str, float]]]:
     """What a process of its own measures, for every checkout and round."""
-    from bench.progress import bar  # here: a worker imports another checkout
+    from bench.measuring.progress import bar  # here: a worker imports another checkout
 
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1", "OMP_NUM_THREADS": "1"}
     found: dict[Path, list[dict[str, float]]] = {checkout: [] for checkout in checkouts}

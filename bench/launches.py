@@ -22,8 +22,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench.cases import NAMED, Case, named
-from bench.implementations import make_inputs, make_step, own_engine
+from bench.measuring.cases import NAMED, Case, named
+from bench.measuring.implementations import make_inputs, make_step, own_engine
 from bench.run import DTYPES, chosen_device
 
 WARMING, REPEATS = 3, 10

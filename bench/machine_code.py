@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.cases import RGB_XY
+from bench.measuring.cases import RGB_XY
 from gcrf_triton import op
 from gcrf_triton.tuning import Config, use_config
 

@@ -1,9 +1,9 @@
 """`python -m bench.run`: time, memory and errors of the loss beside the code it replaces.
 
-Measures the named cases and sweeps of `bench.cases` on a GPU if there is one, else on the CPU, and appends rows to one
-CSV a device in bench/results/. `--contended` does so while another process keeps an OpenMP job on every core, `--warm`
-in memory that the process used and freed before. With `--compare` the new rows are compared with those of an older
-file, and the exit status is 1 if an engine became slower or needs more memory.
+Measures named cases and sweeps (bench/measuring/cases.py) on a GPU if there is one, else on the CPU; appends rows to
+one CSV a device in bench/results/. `--contended` does so while another process keeps an OpenMP job on every core,
+`--warm` in memory that the process used and freed before. With `--compare` the new rows are compared with those of an
+older file, and the exit status is 1 if an engine became slower or needs more memory.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ import torch
 from tqdm import tqdm
 
 import gcrf_triton
-from bench import table
-from bench.cases import NAMED, SWEEPS, Case, named, sweep
-from bench.implementations import IMPLEMENTATIONS, MODES, all_names, one_line, own_engine, why_not
-from bench.measure import Result, Settings, can_measure_memory, measure, percentiles
-from bench.progress import write_line
+from bench.measuring import table
+from bench.measuring.cases import NAMED, SWEEPS, Case, named, sweep
+from bench.measuring.implementations import IMPLEMENTATIONS, MODES, all_names, one_line, own_engine, why_not
+from bench.measuring.measure import Result, Settings, can_measure_memory, measure, percentiles
+from bench.measuring.progress import write_line
 from gcrf_triton.__main__ import triton_version
 
 RESULTS = Path(__file__).parent / "results"

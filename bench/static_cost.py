@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from bench.cases import RGB_XY
 from bench.machine_code import (
     KINDS,
     TARGETS,
@@ -32,6 +31,7 @@ from bench.machine_code import (
     record_launches,
     record_step,
 )
+from bench.measuring.cases import RGB_XY
 from gcrf_triton import tuning
 from gcrf_triton.checks import parse_kernels
 

@@ -17,7 +17,8 @@ import matplotlib.image
 import pytest
 import torch
 
-from bench import cases, implementations, measure, plot, progress, run, table
+from bench import plot, run
+from bench.measuring import cases, implementations, measure, progress, table
 
 TINY = cases.Case("tiny", (2, 3, 9, 7), cases.OFFICIAL_PAIR, radius=2)
 CPU = torch.device("cpu")
@@ -204,7 +205,7 @@ def test_peak_memory_is_that_of_a_process_of_its_own():
 def test_warm_memory_needs_no_new_pages():
     program = """if True:
         import resource, torch
-        from bench.measure import warm_memory
+        from bench.measuring.measure import warm_memory
 
         def new_pages():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -13,9 +13,10 @@ import matplotlib.image
 import pytest
 import torch
 
-from bench import autotune, gpu, launches, plot, run, static_cost, table
-from bench.cases import Case
-from bench.summary import Device, summary
+from bench import autotune, gpu, launches, plot, run, static_cost
+from bench.measuring import table
+from bench.measuring.cases import Case
+from bench.measuring.summary import Device, summary
 from gcrf_triton import tuning
 
 pytest.importorskip("gcrf_triton.triton_engine")

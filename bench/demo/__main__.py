@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from gcrf_triton import gated_crf_loss, partial_cross_entropy
 
-from ..progress import bar, write_line
+from ..measuring.progress import bar, write_line
 from ..weak_supervision.networks import UNet
 from .example import Example, labelled_share, mean_iou, read_example, reduce_example, score, voc_example
 from .report import Run, draw_curves, draw_panel, print_table, save_mask, write_csv

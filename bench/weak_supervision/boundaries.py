@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from gcrf_triton import gated_crf_loss
 
-from ..progress import write_line
+from ..measuring.progress import write_line
 from .collection import Collection, open_collection
 from .data import Labeller, check
 from .labels import UNLABELLED

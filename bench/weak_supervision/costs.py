@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch.utils.data import DataLoader
 
-from ..progress import bar
+from ..measuring.progress import bar
 from .collection import fingerprint
 from .data import open_data
 from .experiment import Plan, append_row, read_rows, row_of

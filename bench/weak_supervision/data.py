@@ -11,7 +11,7 @@ import numpy as np
 from scipy.ndimage import label as number_regions
 from tqdm import tqdm
 
-from ..progress import bar, write_line
+from ..measuring.progress import bar, write_line
 from .collection import Collection, Slices, fingerprint, open_collection, stem
 from .labels import (
     UNLABELLED,

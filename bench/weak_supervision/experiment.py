@@ -28,7 +28,7 @@ import torch
 
 import gcrf_triton
 
-from ..progress import write_line
+from ..measuring.progress import write_line
 from ..run import processor, revision
 from .boundaries import loss_of_masks
 from .collection import fingerprint, open_collection

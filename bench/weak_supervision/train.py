@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from ..progress import bar, write_line
+from ..measuring.progress import bar, write_line
 from .collection import stem
 from .data import Data
 from .labels import UNLABELLED

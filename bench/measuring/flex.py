@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from bench.cases import Case
+from bench.measuring.cases import Case
 
 TILE_Y, TILE_X = 8, 16  # pixels of a block
 BLOCK = TILE_Y * TILE_X

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bench.cases import Case
+from bench.measuring.cases import Case
 from gcrf_triton import gated_crf_loss
 from gcrf_triton.op import select_engine
 from reference import gated_crf_unfold
@@ -72,7 +72,7 @@ def offsets(p: Tensor, image: Tensor, case: Case, source: Tensor | None, destina
 
 
 def flex(p: Tensor, image: Tensor, case: Case, source: Tensor | None, destination: Tensor | None) -> Tensor:
-    from bench.flex import FlexEnergy
+    from bench.measuring.flex import FlexEnergy
 
     return FlexEnergy.apply(p, image, case, source, destination) / pixels(p, destination)
 

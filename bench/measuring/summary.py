@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from bench import table
-from bench.cases import RGB_XY
+from bench.measuring import table
+from bench.measuring.cases import RGB_XY
 from bench.static_cost import CLOCKS
 
 PROBLEM = ("case", "shape", "dtype", "gates", "radius", "kernels")

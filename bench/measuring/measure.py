@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.cases import Case
-from bench.implementations import Step, bytes_needed, compiles, make_inputs, make_step, one_line
+from bench.measuring.cases import Case
+from bench.measuring.implementations import Step, bytes_needed, compiles, make_inputs, make_step, one_line
 
 HEADROOM = 1.5  # of memory, above what bytes_needed counts
 WARM = 2  # times what bytes_needed counts, since free memory is in pieces
