@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from bench import static_cost
-from bench.machine_code import TARGETS
+from bench.machine_code.instructions import TARGETS
 from bench.measuring.cases import NAMED, Case, named
 from bench.measuring.progress import write_line
 from gcrf_triton import tuning

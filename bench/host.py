@@ -89,7 +89,10 @@ def compile_kernels() -> dict[str, float]:
     """Seconds to compile all kernels of a step for sm_90, by problem."""
     import torch
 
-    from bench.machine_code import compile_launch, record_launches
+    try:
+        from bench.machine_code.instructions import compile_launch, record_launches
+    except ModuleNotFoundError:  # an older checkout, where one module has both
+        from bench.machine_code import compile_launch, record_launches
 
     def compile_all(launches: Sequence[object]) -> None:
         for launch in {launch.kernel.fn.__name__: launch for launch in launches}.values():

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bench.machine_code import (
+from bench.machine_code.instructions import (
     KINDS,
     TARGETS,
     Code,

@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from bench.machine_code import TARGETS
+from bench.machine_code.instructions import TARGETS
 from bench.static_cost import fits, rows_of
 from gcrf_triton.tuning import Config
 
