@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench import static_cost
-from bench.machine_code.instructions import TARGETS
+from bench.machine_code import model
+from bench.machine_code.compiling import TARGETS
 from bench.measuring.cases import NAMED, Case, named
 from bench.measuring.progress import write_line
 from gcrf_triton import tuning
@@ -68,10 +68,10 @@ def modelled_costs(case: Case, gated: bool, target: str) -> tuple[tuning.Key, Co
     """Modelled clocks a pixel of every configuration for a target."""
     classes = case.shape[1]
     problem = {"shape": case.shape, "kernels": case.kernels, "channels": {"rgb": case.channels}}
-    key = static_cost.problem_key(target, case.dtype, classes, case.radius, gated, **problem)
+    key = model.problem_key(target, case.dtype, classes, case.radius, gated, **problem)
     costs = {}
     for config in tuning.space(key):
-        *_, together = static_cost.rows_of(target, case.dtype, classes, case.radius, gated, config, **problem)
+        *_, together = model.rows_of(target, case.dtype, classes, case.radius, gated, config, **problem)
         costs[config] = together["bound_clocks"]
     return key, costs
 

@@ -30,9 +30,9 @@ from pathlib import Path
 import torch
 
 from bench.autotune import has_gpu
+from bench.machine_code.model import MACHINES
 from bench.measuring.summary import Device, summary
 from bench.plot import QUANTITIES
-from bench.static_cost import MACHINES
 
 REPOSITORY = Path(__file__).parent.parent
 LARGEST_ARCHIVE = 2**24  # bytes

@@ -90,7 +90,8 @@ def compile_kernels() -> dict[str, float]:
     import torch
 
     try:
-        from bench.machine_code.instructions import compile_launch, record_launches
+        from bench.machine_code.compiling import compile_launch
+        from bench.machine_code.recording import record_launches
     except ModuleNotFoundError:  # an older checkout, where one module has both
         from bench.machine_code import compile_launch, record_launches
 

@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
 from tqdm import tqdm
 
+from bench.machine_code.model import FIELDS as MODELLED
 from bench.measuring import table
 from bench.measuring.table import Row
-from bench.static_cost import FIELDS as MODELLED
 
 RESULTS = Path(__file__).parent / "results"
 QUANTITIES = ("pixels", "radius", "classes")

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from bench import autotune, gpu, launches, plot, run, static_cost
+from bench.machine_code import model
 from bench.measuring import table
 from bench.measuring.cases import Case
 from bench.measuring.summary import Device, summary
@@ -40,7 +41,7 @@ def modelled(monkeypatch):
     def rows_of(target, dtype, classes, radius, gates, config, **problem):
         return [{"kernel": "together", "bound_clocks": 100.0 + config.tile_y * config.tile_x - config.unroll / 2}]
 
-    monkeypatch.setattr(static_cost, "rows_of", rows_of)
+    monkeypatch.setattr(model, "rows_of", rows_of)
 
 
 @pytest.fixture(autouse=True)
@@ -98,9 +99,9 @@ def test_nothing_is_compiled_under_the_interpreter(monkeypatch, tmp_path, capsys
 
 def modelled_row(**values):
     known = {"target": "sm_90", "device": "H100", "classes": 21, "radius": 5, "gates": "no", "dtype": "float32"}
-    known |= {f"{unit}_clocks": 10.0 + place for place, unit in enumerate(static_cost.CLOCKS)}
-    known |= {"bound_clocks": 16.0, "bound_by": static_cost.CLOCKS[-1]}
-    return dict.fromkeys(static_cost.FIELDS, "") | known | values
+    known |= {f"{unit}_clocks": 10.0 + place for place, unit in enumerate(model.CLOCKS)}
+    known |= {"bound_clocks": 16.0, "bound_by": model.CLOCKS[-1]}
+    return dict.fromkeys(model.FIELDS, "") | known | values
 
 
 def test_units_are_drawn(tmp_path, capsys):
@@ -108,7 +109,7 @@ def test_units_are_drawn(tmp_path, capsys):
 
     def write(*rows):
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, static_cost.FIELDS)
+            writer = csv.DictWriter(file, model.FIELDS)
             writer.writeheader()
             writer.writerows(rows)
 
@@ -281,7 +282,7 @@ def test_the_summary_sets_measurements_beside_the_model(tmp_path):
     ]
     table.append(rows, tmp_path / "measurements.csv")
     with (tmp_path / "static_cost.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, static_cost.FIELDS)
+        writer = csv.DictWriter(file, model.FIELDS)
         writer.writeheader()
         writer.writerow(modelled_row(kernel="together", bound_clocks=16.0))
     (tmp_path / "tests.log").write_text("...\n66 passed in 40.00s\n")

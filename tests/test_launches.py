@@ -12,7 +12,8 @@ import pytest
 import torch
 from problems import KERNELS
 
-from bench.machine_code.instructions import record_step, recorded, specialised
+from bench.machine_code.compiling import specialised
+from bench.machine_code.recording import record_step, recorded
 from gcrf_triton import gated_crf_loss
 from gcrf_triton.tuning import Config, use_config
 

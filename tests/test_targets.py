@@ -7,8 +7,8 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from bench.machine_code.instructions import TARGETS
-from bench.static_cost import fits, rows_of
+from bench.machine_code.compiling import TARGETS
+from bench.machine_code.model import fits, rows_of
 from gcrf_triton.tuning import Config
 
 triton_engine = pytest.importorskip("gcrf_triton.triton_engine")
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="Triton com
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Rows of `bench.static_cost.rows_of` for cases (target, problem), compiled by processes that interpret nothing."""
+    """Rows of `bench.machine_code.model` for cases (target, problem), compiled by processes that interpret nothing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
         patch.setenv("TRITON_DEFAULT_FP_FUSION", "1")

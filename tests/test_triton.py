@@ -8,7 +8,7 @@ import pytest
 import torch
 from problems import KERNELS, make_problem, value_and_gradient
 
-from bench.machine_code.instructions import record_launches
+from bench.machine_code.recording import record_launches
 from gcrf_triton import gated_crf_loss, tuning
 from gcrf_triton.op import pairwise_energy
 

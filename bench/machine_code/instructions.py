@@ -1,29 +1,20 @@
-"""What the Triton kernels become: launches recorded without a GPU, compiled for a target, instructions counted."""
+"""What a compiled kernel takes: registers, memory, and the instructions that its warps execute."""
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import math
 import pathlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-from unittest import mock
 
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from bench.machine_code.compiling import compile_launch
+from bench.machine_code.recording import Launch
 
-from bench.measuring.cases import RGB_XY
-from gcrf_triton import op
-from gcrf_triton.tuning import Config, use_config
-
-TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
 # Which unit of an NVIDIA multiprocessor executes an instruction, by how its name begins. Integer multiply-adds and
 # halves share the FMA pipe with float32; comparisons, selections and conversions to halves go with integers. What is
 # not here (branches, constants, what a warp's threads have in common) is only issued.
@@ -40,146 +31,6 @@ UNITS = {
     ),
 }
 KINDS = (*UNITS, "other")
-
-
-@dataclasses.dataclass
-class Launch:
-    """A kernel, its grid and its arguments, recorded instead of launched."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    positional: tuple[Any, ...]
-    keywords: dict[str, Any]
-
-
-def record_launches(
-    shape: Sequence[int] = (1, 21, 512, 512),
-    dtype: torch.dtype = torch.float32,
-    radius: int = 5,
-    kernels: Sequence[Mapping[str, float]] = RGB_XY,
-    channels: Mapping[str, int] | None = None,
-    gated: bool = False,
-    from_logits: bool = True,
-    gradient: bool = True,
-    target: str = "sm_90",
-    config: Config | None = None,
-    tiles: bool = True,
-) -> list[Launch]:
-    """The launches of one loss and its gradient, as they would be configured for a target, or with `config`.
-
-    With `tiles=False` those of the product with all columns, an offset at a time.
-    """
-    from gcrf_triton import triton_engine
-    from gcrf_triton.checks import parse_kernels
-    from gcrf_triton.op import accumulation_dtype
-
-    names, weights, sigmas = parse_kernels("kernels", kernels)
-    n, _, height, width = shape
-    input = torch.empty(*shape, dtype=dtype, device="meta")
-    wide = accumulation_dtype(dtype)
-    features = [
-        torch.empty(n, (channels or {}).get(name, 3), height, width, dtype=wide, device="meta") for name in names
-    ]
-    mask = torch.empty(n, height, width, dtype=torch.bool, device="meta") if gated else None
-    gate = None if mask is None else mask.to(wide)
-    pairs = (features, gate, gate, weights, sigmas, radius)
-    with recorded(target) as launches, contextlib.nullcontext() if config is None else use_config(config):
-        if not tiles:
-            triton_engine._sum_offsets(input.to(wide), *pairs)
-        elif triton_engine.fits(input, shape[1] + (not from_logits), features, sigmas):
-            result = torch.empty_like(input) if gradient else input.new_empty(0)
-            pairs = (features, mask, mask, weights, sigmas, radius)
-            triton_engine.potts_energy(input, *pairs, True, from_logits, result, 1.0)
-        else:
-            triton_engine.apply_pairwise([input.to(wide)], *pairs)
-    return launches
-
-
-@contextlib.contextmanager
-def recorded(target: str) -> Iterator[list[Launch]]:
-    """Context in which tensors of any device are taken for a target's, and launches are only noted."""
-    from gcrf_triton import checks, loss, triton_engine
-    from gcrf_triton import kernels as module
-
-    launches: list[Launch] = []
-
-    class Recorder:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *positional, **keywords: launches.append(Launch(self.kernel, grid, positional, keywords))
-
-    with contextlib.ExitStack() as stack:
-        for name in ("prepare", "pack", "sum_tile", "sum_offsets"):
-            stack.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name))))
-        stack.enter_context(mock.patch.object(triton_engine, "device_and_arch", lambda device: (target, target)))
-        stack.enter_context(mock.patch.object(triton_engine, "unavailable", lambda device: None))
-        for place in (checks, loss, op):
-            stack.enter_context(mock.patch.object(place, "readable", lambda tensor: False))
-        yield launches
-
-
-def specialised(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
-    """Types, constants and attributes of a launch's arguments: what Triton tells compiled kernels apart by."""
-    arguments = dict(zip(launch.kernel.arg_names, launch.positional, strict=False)) | launch.keywords
-    signature: dict[str, Any] = {}
-    constants: dict[Any, Any] = {}
-    attributes: dict[Any, Any] = {}
-    for place, parameter in enumerate(launch.kernel.params):
-        value = arguments[parameter.name]
-        if parameter.is_constexpr:
-            signature[parameter.name], constants[(place,)] = "constexpr", value
-        elif parameter.do_not_specialize:
-            signature[parameter.name] = _width(value)
-        else:
-            signature[parameter.name] = _type(value, (place,), constants, attributes)
-    return signature, constants, attributes
-
-
-def compile_launch(launch: Launch, target: str) -> Any:
-    """Compile a recorded launch for a target, specialised as at a real launch."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    options = {name: launch.keywords[name] for name in ("num_warps", "num_stages") if name in launch.keywords}
-    number = target.removeprefix("sm_")
-    gpu = (
-        GPUTarget("cuda", int(number), 32)
-        if number != target
-        else GPUTarget("hip", target, 64 - 32 * ("gfx1" in target))
-    )
-    return triton.compile(ASTSource(launch.kernel, *specialised(launch)), target=gpu, options=options)
-
-
-def _type(value: Any, path: tuple[int, ...], constants: dict[Any, Any], attributes: dict[Any, Any]) -> Any:
-    # what Triton specialises an argument on: its type, divisibility by 16, and the integer 1
-    names = {
-        torch.uint8: "u8",
-        torch.float64: "fp64",
-        torch.float32: "fp32",
-        torch.float16: "fp16",
-        torch.bfloat16: "bf16",
-    }
-    if isinstance(value, Tensor):
-        if value.data_ptr() % 16 == 0:
-            attributes[path] = [["tt.divisibility", 16]]
-        return "*" + names[value.dtype]
-    if isinstance(value, tuple):
-        return tuple(_type(item, (*path, place), constants, attributes) for place, item in enumerate(value))
-    if isinstance(value, float):
-        return "fp32"
-    if value == 1:
-        constants[path] = 1
-        return "constexpr"
-    if value % 16 == 0:
-        attributes[path] = [["tt.divisibility", 16]]
-    return _width(value)
-
-
-def _width(value: int) -> str:
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,91 +215,3 @@ def _walk(
         times = [left / sum(held)] * len(inner)
     for (first, last), count in zip(inner, times, strict=True):
         trips[first : last + 1] = [count * (chunks if outer else 1)] * (last + 1 - first)
-
-
-def bytes_per_pixel(launches: Sequence[Launch]) -> dict[str, float]:
-    """Bytes a pixel that the launches move between memory and GPU, counted from the sizes of their tensors.
-
-    "inputs" and "outputs" of the kernels, the copy of what is constant among both; "record", which is written and read.
-    """
-    arguments = {}
-    for launch in launches:
-        named = dict(zip(launch.kernel.arg_names, launch.positional, strict=False))
-        arguments.setdefault(launch.kernel.fn.__name__, (named, launch.keywords))
-    (first, flags), (packed, keywords), (tile, _) = (arguments[name] for name in ("prepare", "pack", "sum_tile"))
-    pixels = first["height"] * first["width"]
-
-    def bytes_of(tensor: Tensor) -> float:
-        return math.prod(tensor.shape[1:]) / pixels * tensor.element_size()
-
-    given = [*first["features"], *(first[name] for name in ("source", "destination") if flags[name.upper()])]
-    inputs = [*given, packed["constants"], packed["values"]]
-    outputs = [packed["constants"], *[tile["result"]] * (tile["result"].dim() == 4)]
-    sums = [sum(map(bytes_of, tensors)) for tensors in (inputs, outputs)]
-    return {"inputs": sums[0], "outputs": sums[1], "record": 2.0 * keywords["RECORD"]}
-
-
-@dataclasses.dataclass
-class Operation:
-    """An operation of PyTorch that would launch a kernel on a GPU, and the tensors that it reads and writes."""
-
-    name: str
-    tensors: list[Tensor]
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
-
-
-class Operations(TorchDispatchMode):
-    """Notes the operations of PyTorch below autograd that would launch a kernel, and what is allocated."""
-
-    ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[Operation] = []
-        self.allocated: list[Tensor] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is op.pairwise_energy:
-            with self:
-                return op.compute(*args, **kwargs)
-        result = function(*args, **kwargs)
-        name = function.overloadpacket.__name__
-        given, results = (
-            [each for each in tree_leaves(tree) if isinstance(each, Tensor)] for tree in ((args, kwargs), result)
-        )
-        shares = {each.untyped_storage().data_ptr() for each in given}
-        new = [each for each in results if each.untyped_storage().data_ptr() not in shares]
-        self.allocated += new
-        if name not in self.ALLOCATIONS and (new or function._schema.is_mutable):
-            self.found.append(Operation(name, [*given, *new]))
-        return result
-
-
-def record_step(
-    target: str,
-    shape: Sequence[int] = (1, 21, 512, 512),
-    dtype: torch.dtype = torch.float32,
-    gated: bool = False,
-    kernels: Sequence[Mapping[str, float]] = RGB_XY,
-    channels: Mapping[str, int] | None = None,
-    autocast: bool = False,
-    **settings: Any,
-) -> tuple[list[Launch], Operations]:
-    """What one loss and its gradient launch on a GPU: kernels of Triton, and operations of PyTorch."""
-    from gcrf_triton import gated_crf_loss
-    from gcrf_triton.checks import parse_kernels
-
-    n, _, height, width = shape
-    input = torch.zeros(*shape, dtype=dtype, requires_grad=True)
-    names, _, _ = parse_kernels("kernels", kernels)
-    features = {name: torch.zeros(n, (channels or {}).get(name, 3), height, width) for name in names}
-    gate = torch.ones(n, height, width, dtype=torch.bool) if gated else None
-    with recorded(target) as launches, Operations() as operations:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            loss = gated_crf_loss(input, features, kernels, source=gate, destination=gate, impl="triton", **settings)
-        torch.autograd.grad(loss, input)
-    return launches, operations

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from bench.machine_code.model import CLOCKS
 from bench.measuring import table
 from bench.measuring.cases import RGB_XY
-from bench.static_cost import CLOCKS
 
 PROBLEM = ("case", "shape", "dtype", "gates", "radius", "kernels")
 OTHERS = {  # column -> implementation
