@@ -12,7 +12,6 @@ import csv
 import itertools
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import imgviz
 import torch
@@ -20,8 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import gcrf_triton
+from bench.measuring.surroundings import RESULTS
 
-RESULTS = Path(__file__).parent / "results" / "accuracy.csv"
+TABLE = RESULTS / "accuracy.csv"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 HEIGHT, WIDTH, CLASSES = 30, 36, 21
 
@@ -94,11 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         case = {"impl": options.impl, "device": how, "dtype": dtype, "picture": picture, "sigma": sigma}
         case |= {"setting": setting, "draws": options.draws}
         rows.append(case | {"loss": f"{loss:.1e}", "gradient": f"{gradient:.1e}"} | versions)
-    with RESULTS.open("w", newline="") as file:
+    with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    print(f"largest errors of impl={options.impl!r} on {how}, against float64; all are in {RESULTS.name}")
+    print(f"largest errors of impl={options.impl!r} on {how}, against float64; all are in {TABLE.name}")
     print(table_of(rows))
 
 

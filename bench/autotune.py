@@ -27,20 +27,15 @@ from bench.machine_code import model
 from bench.machine_code.compiling import TARGETS
 from bench.measuring.cases import NAMED, Case, named
 from bench.measuring.progress import write_line
+from bench.measuring.surroundings import RESULTS, has_gpu
 from gcrf_triton import tuning
 from gcrf_triton.__main__ import DTYPES, find_configuration, triton_version
 from gcrf_triton.checks import parse_kernels
 
-RESULTS = Path(__file__).parent / "results"
 MEASURED = "milliseconds of loss and gradient, measured"
 MODELLED = "clocks a pixel that the busiest unit needs, modelled from compiled code: nothing was measured"
 
 Costs = dict[tuning.Config, float]
-
-
-def has_gpu() -> bool:
-    """Whether there is a GPU of a kind that Triton runs on."""
-    return torch.accelerator.is_available() and torch.accelerator.current_accelerator().type in ("cuda", "xpu")
 
 
 def problems(cases: Sequence[Case], dtypes: Sequence[str], gates: Sequence[bool]) -> Iterator[tuple[Case, bool]]:

@@ -29,9 +29,9 @@ from pathlib import Path
 
 import torch
 
-from bench.autotune import has_gpu
 from bench.machine_code.model import MACHINES
 from bench.measuring.summary import Device, summary
+from bench.measuring.surroundings import has_gpu
 from bench.plot import QUANTITIES
 
 REPOSITORY = Path(__file__).parent.parent

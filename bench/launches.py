@@ -22,9 +22,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench.measuring.cases import NAMED, Case, named
+from bench.measuring.cases import DTYPES, NAMED, Case, named
 from bench.measuring.implementations import make_inputs, make_step, own_engine
-from bench.run import DTYPES, chosen_device
+from bench.measuring.surroundings import chosen_device, synchronize
 
 WARMING, REPEATS = 3, 10
 MOST_LINES = 20
@@ -73,11 +73,6 @@ def run_for_a_profiler(step: Callable[[], object], steps: int, device: torch.dev
         for _ in range(steps):
             step()
         synchronize(device)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from bench.machine_code.model import FIELDS as MODELLED
 from bench.measuring import table
+from bench.measuring.surroundings import RESULTS
 from bench.measuring.table import Row
 
-RESULTS = Path(__file__).parent / "results"
 QUANTITIES = ("pixels", "radius", "classes")
 # colours of Okabe and Ito; markers and dashes tell them apart in grey
 STYLES = {

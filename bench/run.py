@@ -13,11 +13,8 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import importlib.metadata
-import os
 import platform
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -30,15 +27,21 @@ from tqdm import tqdm
 
 import gcrf_triton
 from bench.measuring import table
-from bench.measuring.cases import NAMED, SWEEPS, Case, named, sweep
+from bench.measuring.cases import DTYPES, NAMED, SWEEPS, Case, named, sweep
 from bench.measuring.implementations import IMPLEMENTATIONS, MODES, all_names, one_line, own_engine, why_not
 from bench.measuring.measure import Result, Settings, can_measure_memory, measure, percentiles
 from bench.measuring.progress import write_line
+from bench.measuring.surroundings import (
+    RESULTS,
+    chosen_device,
+    device_name,
+    driver_version,
+    huge_pages,
+    revision,
+    version,
+)
 from gcrf_triton.__main__ import triton_version
 
-RESULTS = Path(__file__).parent / "results"
-DTYPES = ("float64", "float32", "float16", "bfloat16")
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 OPENMP_JOB = "import torch; x = torch.ones(1 << 22)\nwhile True: x.mul_(1.0)"
 
 
@@ -94,23 +97,6 @@ def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
     return [dataclasses.replace(case, dtype=arguments.dtype or case.dtype, **same) for case in cases]
 
 
-def chosen_device(name: str | None) -> torch.device:
-    if name is None:
-        available = torch.accelerator.is_available()
-        name = str(torch.accelerator.current_accelerator()) if available else "cpu"
-        name = name if name.startswith(("cuda", "xpu")) else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: cannot use {name!r}: {str(error).splitlines()[0]}") from None
-    if device.type not in ("cpu", "cuda", "xpu"):
-        raise ValueError(f"--device: expected cpu, cuda or xpu, got {name!r}")
-    if device.index is not None and device.type != "cpu":
-        torch.accelerator.set_device_index(device.index)
-    return device
-
-
 @contextlib.contextmanager
 def openmp_job(wanted: bool) -> Iterator[None]:
     """Keep an OpenMP team of another process on every core for the time of the context."""
@@ -124,57 +110,6 @@ def openmp_job(wanted: bool) -> Iterator[None]:
     finally:
         job.kill()
         job.wait()
-
-
-def device_name(device: torch.device) -> str:
-    if device.type != "cpu":
-        return torch.get_device_module(device).get_device_name(device)
-    return processor()
-
-
-def processor() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor() or platform.machine()
-
-
-def driver_version(device: torch.device) -> str:
-    if device.type == "cpu":
-        return ""
-    if device.type == "cuda" and torch.version.cuda and shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        lines = subprocess.run(query, capture_output=True, text=True).stdout.split()
-        return f"{lines[0] if lines else 'unknown'}, CUDA {torch.version.cuda}"
-    properties = torch.get_device_module(device).get_device_properties(device)
-    return str(torch.version.hip or getattr(properties, "driver_version", "unknown"))
-
-
-def huge_pages(device: torch.device) -> str:
-    """Whether Linux backs large allocations with pages of 2 MiB, which spares code that allocates much on a CPU.
-
-    "always", "never", or "madvise" for whoever asks; "requested" if PyTorch does (THP_MEM_ALLOC_ENABLE=1).
-    """
-    found = None
-    if device.type == "cpu" and HUGE_PAGES.exists():
-        found = re.search(r"\[(\w+)\]", HUGE_PAGES.read_text())
-    if found and found[1] == "madvise" and os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
-        return "requested"
-    return found[1] if found else ""
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def revision() -> str:
-    if shutil.which("git") is None:
-        return "unknown"
-    describe = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(describe, capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip() or "unknown"
 
 
 def surroundings(device: torch.device, arguments: argparse.Namespace) -> dict[str, str]:

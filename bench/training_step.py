@@ -18,9 +18,16 @@ from pathlib import Path
 import torch
 from torch.nn.functional import interpolate
 
-from bench.launches import synchronize
 from bench.measuring.measure import percentiles
-from bench.run import RESULTS, chosen_device, device_name, driver_version, revision, version
+from bench.measuring.surroundings import (
+    RESULTS,
+    chosen_device,
+    device_name,
+    driver_version,
+    revision,
+    synchronize,
+    version,
+)
 from gcrf_triton import gated_crf_loss, partial_cross_entropy
 from gcrf_triton.__main__ import triton_version
 

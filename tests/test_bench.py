@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from bench import plot, run
-from bench.measuring import cases, implementations, measure, progress, table
+from bench.measuring import cases, implementations, measure, progress, surroundings, table
 
 TINY = cases.Case("tiny", (2, 3, 9, 7), cases.OFFICIAL_PAIR, radius=2)
 CPU = torch.device("cpu")
@@ -180,9 +180,9 @@ def test_a_run_appends_what_it_measured(tiny_named, tmp_path, capsys):
 def test_huge_pages_are_those_of_the_system_or_requested(policy, asked, expected, monkeypatch, tmp_path):
     if policy:
         (tmp_path / "enabled").write_text(policy)
-    monkeypatch.setattr(run, "HUGE_PAGES", tmp_path / "enabled")
+    monkeypatch.setattr(surroundings, "HUGE_PAGES", tmp_path / "enabled")
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", asked)
-    assert run.huge_pages(CPU) == expected
+    assert surroundings.huge_pages(CPU) == expected
 
 
 def test_errors_are_those_of_the_implementation(monkeypatch):

@@ -19,7 +19,7 @@ from PIL import Image, ImageFilter
 
 import gcrf_triton
 
-from ..run import processor
+from ..measuring.surroundings import processor
 from ..weak_supervision.scores import BAND
 from .example import UNLABELLED, Example, labelled_share, mean_iou
 

@@ -64,6 +64,7 @@ NAMED = (
     Case("two-crops", (2, 21, 256, 256)),
 )
 SWEEPS = ("pixels", "radius", "classes", "batch", "dtype", "kernels")
+DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
 def named(names: Sequence[str], quick: bool = False) -> list[Case]:
@@ -104,8 +105,7 @@ def sweep(quantity: str, quick: bool = False) -> list[Case]:
     if quantity == "batch":
         return vary((1, 2, 4, 8, 16, 32), (1, 4), lambda value: {"shape": (value, 21, 64, 64)})
     if quantity == "dtype":
-        dtypes = ("float64", "float32", "float16", "bfloat16")
-        return vary(dtypes, ("float32", "bfloat16"), lambda value: {"dtype": value})
+        return vary(DTYPES, ("float32", "bfloat16"), lambda value: {"dtype": value})
     if quantity == "kernels":
         kernels = (*PYMIC_PAIR, {"weight": 0.5, "rgb": 0.3}, {"weight": 0.5, "xy": 2.0, "rgb": 0.2})
         return vary((1, 2, 3, 4), (1, 2), lambda value: {"kernels": kernels[:value]})

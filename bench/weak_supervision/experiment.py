@@ -29,7 +29,7 @@ import torch
 import gcrf_triton
 
 from ..measuring.progress import write_line
-from ..run import processor, revision
+from ..measuring.surroundings import processor, revision
 from .boundaries import loss_of_masks
 from .collection import fingerprint, open_collection
 from .data import open_data
