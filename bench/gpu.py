@@ -30,9 +30,9 @@ from pathlib import Path
 import torch
 
 from bench.machine_code.model import MACHINES
+from bench.measuring.selection import QUANTITIES
 from bench.measuring.summary import Device, summary
 from bench.measuring.surroundings import has_gpu
-from bench.plot import QUANTITIES
 
 REPOSITORY = Path(__file__).parent.parent
 LARGEST_ARCHIVE = 2**24  # bytes

@@ -13,6 +13,7 @@ from PIL import Image
 
 from bench.weak_supervision import boundaries, costs, experiment, report
 from bench.weak_supervision.collection import open_collection
+from bench.weak_supervision.masks import loss_of_masks
 from bench.weak_supervision.settings import preset
 
 NETWORK = "tests.test_weak_supervision:stride_two"
@@ -184,7 +185,7 @@ def test_loss_of_dense_masks(msrc: Path, capsys: pytest.CaptureFixture[str]) -> 
     settings = preset("msrc", root=str(msrc), loss_stride="full", radius=2, xy=1e6, kernels="xy")
     collection = open_collection(settings)
     collection.lists["train"] = ["photo_0"]
-    found = boundaries.loss_of_masks(collection, settings)
+    found = loss_of_masks(collection, settings)
     mask = collection.read_mask("photo_0")
     known, pairs, crossed = mask != 255, 0, 0
     for down in range(-2, 3):

@@ -93,8 +93,8 @@ def test_what_a_step_takes_of_the_host_is_what_was_measured():
 
 @pytest.mark.parametrize(("data", "metric"), [("acdc", "dice"), ("msrc", "miou")])
 def test_the_tables_of_weak_supervision_are_those_of_the_trainings(data, metric):
-    from bench.weak_supervision.experiment import read_rows
     from bench.weak_supervision.report import table_of
+    from bench.weak_supervision.rows import read_rows
 
     rows = read_rows(ROOT / "bench/results/weak_supervision" / f"{data}.csv")
     lines = table_of([row for row in rows if row["evaluate_on"] == "test"], metric).splitlines()
@@ -103,7 +103,7 @@ def test_the_tables_of_weak_supervision_are_those_of_the_trainings(data, metric)
 
 def test_the_costs_are_those_of_the_measurements():
     from bench.weak_supervision.costs import table_of
-    from bench.weak_supervision.experiment import read_rows
+    from bench.weak_supervision.rows import read_rows
 
     rows = read_rows(ROOT / "bench/results/weak_supervision/costs.csv")
     assert len(rows) >= 12 and set(table_of(rows).splitlines()) <= set(README.splitlines())

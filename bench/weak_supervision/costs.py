@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 from ..measuring.progress import bar
 from .collection import fingerprint
 from .data import open_data
-from .experiment import Plan, append_row, read_rows, row_of
 from .losses import time_loss
+from .rows import Plan, append_row, read_rows, row_of
 from .samples import Batches, TrainingSet
 from .settings import Settings, preset
 from .train import Result, Trainer

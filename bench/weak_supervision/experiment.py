@@ -13,29 +13,21 @@ list; sweeps, which choose settings, on training patients or images held apart. 
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import datetime
 import json
 import os
-import platform
 import statistics
 import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
-import gcrf_triton
-
 from ..measuring.progress import write_line
-from ..measuring.surroundings import processor, revision
-from .boundaries import loss_of_masks
 from .collection import fingerprint, open_collection
 from .data import open_data
+from .masks import loss_of_masks
 from .report import Strength, draw_curves, draw_panel, draw_sweeps, draw_transfer, table_of
+from .rows import Plan, append_row, read_rows, refuse_changes, row_of
 from .settings import GATES, Settings, add_options, preset
-from .train import WITHOUT_EFFECT, Result, train
+from .train import train
 
 KINDS = {"acdc": ["scribbles"], "msrc": ["clicks", "scribbles"], "voc": ["clicks"], "folder": ["clicks"]}
 QUICK = {"acdc": 200, "msrc": 120, "voc": 120, "folder": 120}  # steps
@@ -68,19 +60,10 @@ TRANSFER_CHANGES: tuple[dict[str, object], ...] = (
     {"loss_stride": "4"},
     {"loss_stride": "full"},
 )
-NOT_RECORDED = ("root", "labels_from")  # places on one machine
 LABEL_SETTINGS = ("thickness", "keep", "label_seed")  # mean nothing to dense labels
 # these mean nothing to partial cross entropy alone
 LOSS_SETTINGS = ("weight", "delay", "ramp", "kernels", "sigma", "xy", "radius", "loss_stride", "gates")
 DECIDED_HERE = ("data", "root", "labels", "loss", "seed", "evaluate_on")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One training of the experiment."""
-
-    name: str
-    settings: Settings
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -298,61 +281,6 @@ def strengths(wanted: list[Plan], done: dict[str, dict[str, str]], metric: str) 
             )
         )
     return found
-
-
-def row_of(training: Plan, result: Result, files: str, left_out: int) -> dict[str, object]:
-    """Scores, costs, every setting, the fingerprint of the files, how many were left out, and what it ran with."""
-    settings = {name: value for name, value in asdict(training.settings).items() if name not in NOT_RECORDED}
-    scores = {name: value for name, value in result.scores.items() if name not in ("step", "pce", "gcrf")}
-    return (
-        {"run": training.name}
-        | scores
-        | {
-            "seconds_per_step": round(result.seconds_per_step, 4),
-            "loss_share": round(result.loss_share, 4),
-            "kernel_mass": round(result.kernel_mass, 2),
-        }
-        | settings
-        | {
-            "files": files,
-            "left_out": left_out,
-            "date_utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "gcrf_triton": gcrf_triton.__version__,
-            "revision": revision(),
-        }
-    )
-
-
-def refuse_changes(training: Plan, row: dict[str, str], files: str, table: Path) -> None:
-    """Raise ValueError unless a row has the settings and files that are asked for."""
-    for name, value in (asdict(training.settings) | {"files": files}).items():
-        if name not in (*NOT_RECORDED, *WITHOUT_EFFECT) and row.get(name) != str(value):
-            found = row.get(name, "no such column")
-            raise ValueError(
-                f"{table}: expected {training.name} with {name}={value}, got {found}; choose another --out"
-            )
-
-
-def read_rows(table: Path) -> list[dict[str, str]]:
-    """What is done already."""
-    if not table.exists():
-        return []
-    with table.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append_row(table: Path, row: dict[str, object]) -> None:
-    """One more line, under the columns that are there."""
-    rows = read_rows(table)
-    with table.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list((rows or [row])[0]))
-        if not rows:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":
