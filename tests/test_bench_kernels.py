@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
+from measurements import fails_in_one_line
 
 from bench import autotune, gpu, launches, plot, run, static_cost
 from bench.machine_code import model
@@ -23,15 +24,6 @@ from gcrf_triton import tuning
 pytest.importorskip("gcrf_triton.triton_engine")
 
 no_gpu = pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU measures instead of modelling")
-
-
-def fails_in_one_line(capsys, command, arguments, *expected):
-    with pytest.raises(SystemExit) as exit:
-        command.main(arguments)
-    message = capsys.readouterr().err
-    assert exit.value.code == 2 and message.count("\n") == 1
-    for part in expected:
-        assert part in message
 
 
 @pytest.fixture
