@@ -29,8 +29,10 @@ from bench.measuring.cases import NAMED, Case, named
 from bench.measuring.progress import write_line
 from bench.measuring.surroundings import RESULTS, has_gpu
 from gcrf_triton import tuning
-from gcrf_triton.__main__ import DTYPES, find_configuration, triton_version
 from gcrf_triton.checks import parse_kernels
+from gcrf_triton.constants import LARGEST_COLUMNS
+from gcrf_triton.engines import triton_version
+from gcrf_triton.tuner import DTYPES, find_configuration
 
 MEASURED = "milliseconds of loss and gradient, measured"
 MODELLED = "clocks a pixel that the busiest unit needs, modelled from compiled code: nothing was measured"
@@ -42,7 +44,7 @@ def problems(cases: Sequence[Case], dtypes: Sequence[str], gates: Sequence[bool]
     """Cases in every dtype, with and without gates; of many classes those that one pass takes."""
     for case, dtype, gated in itertools.product(cases, dtypes, gates):
         n, classes, height, width = case.shape
-        shape = (n, min(classes, tuning.LARGEST_COLUMNS), height, width)
+        shape = (n, min(classes, LARGEST_COLUMNS), height, width)
         yield dataclasses.replace(case, shape=shape, dtype=dtype), gated
 
 

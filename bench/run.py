@@ -40,7 +40,7 @@ from bench.measuring.surroundings import (
     revision,
     version,
 )
-from gcrf_triton.__main__ import triton_version
+from gcrf_triton.engines import triton_version
 
 OPENMP_JOB = "import torch; x = torch.ones(1 << 22)\nwhile True: x.mul_(1.0)"
 

@@ -21,6 +21,7 @@ from typing import Any
 from bench.machine_code.compiling import TARGETS
 from bench.machine_code.model import CLOCKS, DTYPES, FIELDS, MACHINES, fits, gather_row, problem_key, rows_of
 from gcrf_triton import tuning
+from gcrf_triton.constants import LARGEST_COLUMNS
 
 
 def cases(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
@@ -74,7 +75,7 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError("Triton is not installed, without which nothing can be compiled")
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise ValueError("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
-    if min(options.radius) < 1 or not 1 <= min(options.classes) <= max(options.classes) <= tuning.LARGEST_COLUMNS:
+    if min(options.radius) < 1 or not 1 <= min(options.classes) <= max(options.classes) <= LARGEST_COLUMNS:
         raise ValueError("--classes, --radius: expected classes from 1 to 64, which one pass takes, and radii from 1")
     if options.csv:
         try:

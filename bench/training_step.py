@@ -29,7 +29,7 @@ from bench.measuring.surroundings import (
     version,
 )
 from gcrf_triton import gated_crf_loss, partial_cross_entropy
-from gcrf_triton.__main__ import triton_version
+from gcrf_triton.engines import triton_version
 
 SHAPE = (8, 3, 512, 512)
 CLASSES = 21

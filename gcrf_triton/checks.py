@@ -12,17 +12,13 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from .messages import warn_caller
-from .op import accumulation_dtype, area_average, holds_values, readable
+from .engines import check_impl
+from .problem import Term
+from .tensors import accumulation_dtype, area_average, can_assert, readable
 
 Kernel = Mapping[str, float]
 SMALLEST, LARGEST = 1e-12, 1e12  # sigmas and weights whose squares and products float32 can hold
 UNSIGNED = (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
-TOLERANCE = 0.01  # of probabilities and their sums
-MOST_SEEN = (8, 16, 16)  # images, rows, columns looked at for misunderstandings: 0.14 of 22 ms for 1 x 21 x 128 x 128
-MANY_SIGMAS = 200  # that images span where they were not scaled as their sigma
-SIMILAR = 0.01  # as neighbours with different values are at least, on average
-EQUAL = 0.5  # part of the neighbours that have one value in drawings and label maps
 
 
 def check_tensor(name: str, tensor: Tensor, form: str, dim: int, device: torch.device | None = None) -> Tensor:
@@ -65,6 +61,16 @@ def check_reverse_mode(name: str, input: Tensor, *constants: Tensor | None) -> N
         )
 
 
+def check_settings(radius: int, from_logits: bool, reduction: str, impl: str) -> int:
+    """Return the radius; raise for settings of the loss that do not exist."""
+    if not isinstance(from_logits, bool):
+        raise TypeError(f"from_logits: expected a bool, got {type(from_logits).__name__}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+    check_impl(impl)
+    return check_radius("radius", radius)
+
+
 def check_radius(name: str, radius: int, smallest: int = 1) -> int:
     """Return the radius as an int that kernels can hold."""
     if isinstance(radius, bool) or not isinstance(radius, Integral):
@@ -76,8 +82,8 @@ def check_radius(name: str, radius: int, smallest: int = 1) -> int:
 
 def parse_kernels(
     argument: str, kernels: Sequence[Kernel], zero_weights: bool = False
-) -> tuple[list[str], list[float], list[float]]:
-    """Names of the features, weights, and one row [xy, *names] of sigmas a kernel, flattened, 0 where it has none.
+) -> tuple[list[str], tuple[Term, ...]]:
+    """The names of the features that kernels use, and the kernels as terms.
 
     Kernels of weight 0 are an error, or dropped.
     """
@@ -103,8 +109,15 @@ def parse_kernels(
                 )
     kernels = [kernel for kernel in kernels if kernel["weight"]]
     names = list(dict.fromkeys(name for kernel in kernels for name in kernel if name not in ("weight", "xy")))
-    weights = [float(kernel["weight"]) for kernel in kernels]
-    return names, weights, [float(kernel.get(name, 0)) for kernel in kernels for name in ("xy", *names)]
+
+    def sigma(kernel: Kernel, name: str) -> float:
+        return float(kernel.get(name, math.inf))
+
+    terms = [
+        Term(float(kernel["weight"]), sigma(kernel, "xy"), tuple(sigma(kernel, name) for name in names))
+        for kernel in kernels
+    ]
+    return names, tuple(terms)
 
 
 def check_image(name: str, image: Tensor, device: torch.device) -> Tensor:
@@ -201,9 +214,30 @@ def check_values(name: str, tensor: Tensor) -> None:
         torch._assert_async(tensor.amin() >= 0, f"{name}: expected values >= 0")
 
 
-def can_assert(tensor: Tensor) -> bool:
-    """Whether a GPU can be left to stop at wrong values, with a message; builds for AMD may leave that out."""
-    return tensor.is_cuda and holds_values(tensor)
+def check_labels(labels: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
+    """Return the labels as int64; raise unless they are integers of the size of the logits."""
+    labels = check_tensor("labels", labels, "[N, H, W]", 3, logits.device)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels: expected an integer tensor, got {labels.dtype}")
+    if labels.shape != logits.shape[:1] + logits.shape[2:]:
+        same_batch = labels.shape[0] == logits.shape[0]
+        hint = "; interpolate the logits to the labels, not the other way round" if same_batch else ""
+        raise ValueError(f"labels: expected {shape(logits[:, 0])} as in logits, got {shape(labels)}{hint}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    return labels.long()
+
+
+def assert_labels(labels: Tensor, labelled: Tensor, classes: int, ignore_index: int) -> None:
+    """Leave a GPU to stop at labels out of range; PyTorch's own loss finds them on a CPU."""
+    if can_assert(labels) and labels.numel():
+        lowest, highest = labels.where(labelled, 0).aminmax()
+        torch._assert_async((lowest >= 0) & (highest < classes), expected_labels(classes, ignore_index))
+
+
+def expected_labels(classes: int, ignore_index: int) -> str:
+    """The message about labels out of range, without what came."""
+    return f"labels: expected 0 to {classes - 1} or ignore_index={ignore_index}"
 
 
 def _check_constant(name: str, tensor: Tensor) -> None:
@@ -214,81 +248,3 @@ def _check_constant(name: str, tensor: Tensor) -> None:
 def shape(tensor: Tensor) -> list[int]:
     """A tensor's shape as messages show it."""
     return list(tensor.shape)
-
-
-def advise_on_probabilities(name: str, prediction: Tensor, remedy: str) -> None:
-    """Warn of what cannot be probabilities of classes; `remedy` is for logits. On the CPU, from some of the pixels."""
-    if not readable(prediction):
-        return
-    some = _some_pixels(prediction)
-    if not some.numel():
-        return
-    lowest, highest = (bound.item() for bound in some.aminmax())
-    if lowest < -TOLERANCE or highest > 1 + TOLERANCE:
-        warn_caller(
-            "{name}: expected probabilities, got {lowest:g} to {highest:g}; {remedy}",
-            name=name,
-            lowest=lowest,
-            highest=highest,
-            remedy=remedy,
-        )
-    elif len(some) == 1 and highest > 0:
-        warn_caller(
-            "{name}: expected probabilities of two classes or more, got one channel, whose loss is lowest where all is "
-            "foreground; for the probability p of a foreground pass torch.cat([1 - p, p], dim=1)",
-            name=name,
-        )
-    elif len(some) > 1:
-        sums = some.sum(0)
-        sums = sums[sums > 0]  # a prediction of 0 measures the mass of a kernel, or fills up an image
-        if ((sums - 1).abs() > TOLERANCE).any():
-            lowest, highest = (bound.item() for bound in sums.aminmax())
-            warn_caller(
-                "{name}: expected probabilities that sum to 1 over the classes, got sums from {lowest:g} to "
-                "{highest:g}; classes that overlap are problems [1 - p, p] of their own",
-                name=name,
-                lowest=lowest,
-                highest=highest,
-            )
-
-
-def advise_on_logits(name: str, logits: Tensor, remedy: str) -> None:
-    """Warn of logits of one class, and, on the CPU, of what has been through softmax, from some of the pixels."""
-    if logits.shape[1] == 1 and not torch.compiler.is_compiling():
-        warn_caller("{name}: expected logits of classes, got one, of which softmax makes 1: the loss is 0", name=name)
-    if not readable(logits) or logits.shape[1] < 2 or not logits.numel():
-        return
-    some = _some_pixels(logits)
-    if some.amin() >= 0 and ((some.sum(0) - 1).abs() <= TOLERANCE).all():
-        warn_caller("{name}: expected logits, got what sums to 1 over the classes; {remedy}", name=name, remedy=remedy)
-
-
-def advise_on_features(names: Sequence[str], features: Sequence[Tensor], sigmas: Sequence[float]) -> None:
-    """Warn of sigmas so small that nearly no neighbours are similar. On the CPU, from some of the pixels."""
-    for place, (name, feature) in enumerate(zip(names, features, strict=True)):
-        sigma = min(filter(None, sigmas[1 + place :: 1 + len(features)]))
-        if not readable(feature) or not feature[..., 1:].numel():
-            continue
-        scale = 255 if feature.dtype == torch.uint8 else 1
-        own = _some_pixels(feature[..., :-1]) / scale
-        lowest, highest = (bound.item() for bound in own.aminmax())
-        if not highest - lowest > MANY_SIGMAS * sigma:
-            continue
-        difference = own - _some_pixels(feature[..., 1:]) / scale
-        apart = difference[difference != 0]
-        if len(apart) > EQUAL * difference.numel() and (-0.5 * (apart / sigma).square()).exp().mean() < SIMILAR:
-            warn_caller(
-                "{name}: expected neighbours that differ by about sigma, got values from {lowest:g} to {highest:g} "
-                "and a sigma of {sigma:g}, for which nearly no pixels are similar; scale one of them",
-                name=name,
-                lowest=lowest,
-                highest=highest,
-                sigma=sigma,
-            )
-
-
-def _some_pixels(image: Tensor) -> Tensor:
-    # [N, C, H, W] -> [C, some pixels of all images]
-    steps = (-(-size // most) for size, most in zip((len(image), *image.shape[2:]), MOST_SEEN, strict=True))
-    images, rows, columns = (slice(None, None, max(step, 1)) for step in steps)
-    return image.detach()[images, :, rows, columns].transpose(0, 1).flatten(1).to(accumulation_dtype(image.dtype))

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .advice import advise_on_features, advise_on_probabilities
 from .checks import (
-    advise_on_features,
-    advise_on_probabilities,
     check_image,
     check_prediction,
     check_radius,
@@ -23,8 +22,9 @@ from .checks import (
     prepare_gate,
     shape,
 )
-from .loss import energy_of_pairs
-from .op import accumulation_dtype, ordered_sum
+from .op import energy_of_pairs
+from .problem import Energy, Problem, Window
+from .tensors import accumulation_dtype, ordered_sum
 
 Downsampler = Callable[[Tensor, tuple[int, int]], Tensor]
 
@@ -71,7 +71,7 @@ class ModelLossSemsegGatedCRF(torch.nn.Module):
         prediction = check_prediction("y_hat_softmax", y_hat_softmax)
         downsamplers = custom_modality_downsamplers or {}
         kernels = _with_numbers(kernels_desc)
-        names, weights, sigmas = parse_kernels("kernels_desc", kernels, zero_weights=True)
+        names, terms = parse_kernels("kernels_desc", kernels, zero_weights=True)
         kernels = [kernel for kernel in kernels if kernel["weight"]]
         radius = check_radius("kernels_radius", _number(kernels_radius), smallest=0)
         if not isinstance(sample, (Tensor, Mapping)):
@@ -103,11 +103,11 @@ class ModelLossSemsegGatedCRF(torch.nn.Module):
         mu = prepare_compatibility(compatibility, prediction)
         check_reverse_mode("y_hat_softmax", prediction, *features.values(), source, destination, mu)
         advise_on_probabilities("y_hat_softmax", prediction, "for logits pass their softmax")
-        advise_on_features([f"sample[{name!r}]" for name in names], list(features.values()), sigmas)
+        advise_on_features([f"sample[{name!r}]" for name in names], list(features.values()), terms)
 
         if kernels and radius:
-            pairs = (prediction, list(features.values()), source, destination, mu, False, weights, sigmas, radius)
-            loss = energy_of_pairs(*pairs)
+            problem = Problem(list(features.values()), terms, Window(radius), source, destination)
+            loss = energy_of_pairs(prediction, problem, Energy(mu, mean=True), per_pixel=False, impl="auto")
         else:
             loss = prediction[:0].sum(dtype=accumulation_dtype(prediction.dtype))  # 0, with a gradient of 0
         constant = source is None and compatibility is None and len(kernels) > 0
@@ -116,6 +116,7 @@ class ModelLossSemsegGatedCRF(torch.nn.Module):
         for gate in gates:
             if gate is not None:  # what is not finite under it left the loss, and is drawn as 0
                 features = {name: image.where(image.isfinite() | (gate > 0), 0.0) for name, image in features.items()}
+        weights = [term.weight for term in terms]
         described = [_scaled_features(kernel, features, prediction) for kernel in kernels]
         if constant:
             loss = loss + _border_constant(described, weights, radius, gates[1])
@@ -205,11 +206,11 @@ def _draw_kernels(
     if min(height, width) <= radius or not n:
         return drawing
     diameter = 2 * radius + 1
-    rows, columns = ((length + radius) // diameter for length in (height, width))
+    windows_y, windows_x = ((length + radius) // diameter for length in (height, width))
 
     def windows(image: Tensor) -> Tensor:
         flat = F.unfold(F.pad(image, (0, radius, 0, radius)), diameter, stride=diameter)
-        return flat.view(n, image.shape[1], diameter, diameter, rows, columns)
+        return flat.view(n, image.shape[1], diameter, diameter, windows_y, windows_x)
 
     total = torch.zeros_like(windows(drawing))
     for weight, feature in zip(weights, described, strict=True):
@@ -221,5 +222,6 @@ def _draw_kernels(
         total = total * windows(source)
     if destination is not None:
         total = total * destination[:, :, None, None, radius::diameter, radius::diameter]
-    total = total.permute(0, 1, 4, 2, 5, 3).reshape(n, 1, rows * diameter, columns * diameter)[:, :, :height, :width]
+    total = total.permute(0, 1, 4, 2, 5, 3).reshape(n, 1, windows_y * diameter, windows_x * diameter)
+    total = total[:, :, :height, :width]
     return F.pad(total, (0, width - total.shape[3], 0, height - total.shape[2]))

@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .advice import advise_on_features, advise_on_logits, advise_on_probabilities
 from .checks import (
     Kernel,
-    advise_on_features,
-    advise_on_logits,
-    advise_on_probabilities,
-    can_assert,
+    assert_labels,
     check_compatibility,
+    check_labels,
     check_prediction,
-    check_radius,
     check_reverse_mode,
-    check_tensor,
+    check_settings,
     check_weight,
+    expected_labels,
     parse_kernels,
     prepare_compatibility,
     prepare_feature,
     prepare_gate,
-    shape,
 )
 from .messages import warn_caller
-from .op import accumulation_dtype, check_impl, ordered_sum, pairwise_energy, prepare, readable
+from .op import energy_of_pairs
+from .problem import Energy, Problem, Window
+from .tensors import accumulation_dtype, ordered_sum, readable
 
 Reduction = Literal["mean", "sum", "none"]
 KERNELS: tuple[Kernel, ...] = ({"weight": 1.0, "xy": 6.0, "rgb": 0.1},)
@@ -97,8 +96,8 @@ def gated_crf_loss(
     arXiv 1906.04651.
     """
     input = check_prediction("input", input)
-    radius = _check_settings(radius, from_logits, reduction, impl)
-    names, weights, sigmas = parse_kernels("kernels", kernels)
+    radius = check_settings(radius, from_logits, reduction, impl)
+    names, terms = parse_kernels("kernels", kernels)
     if not isinstance(features, Mapping):
         raise TypeError(f"features: expected a mapping from names to tensors, got {type(features).__name__}")
     missing = [name for name in names if name not in features]
@@ -106,18 +105,19 @@ def gated_crf_loss(
         raise ValueError(f"features: kernels use {missing[0]!r}, got only {sorted(map(str, features)) or 'none'}")
 
     full_names = [f"features[{name!r}]" for name in names]
-    guides = [prepare_feature(full, features[name], input) for full, name in zip(full_names, names, strict=True)]
+    prepared = [prepare_feature(full, features[name], input) for full, name in zip(full_names, names, strict=True)]
     source = prepare_gate("source", source, input)
     destination = prepare_gate("destination", destination, input)
     mu = prepare_compatibility(compatibility, input)
-    check_reverse_mode("input", input, *guides, source, destination, mu)
+    check_reverse_mode("input", input, *prepared, source, destination, mu)
     if from_logits:
         advise_on_logits("input", input, "for probabilities leave out from_logits=True")
     else:
         advise_on_probabilities("input", input, "for logits pass from_logits=True")
-    advise_on_features(full_names, guides, sigmas)
-    pairs = (input, guides, source, destination, mu, from_logits, weights, sigmas, radius)
-    return energy_of_pairs(*pairs, reduction=reduction, impl=impl)
+    advise_on_features(full_names, prepared, terms)
+    problem = Problem(prepared, terms, Window(radius), source, destination)
+    energy = Energy(mu, from_logits, mean=reduction == "mean")
+    return energy_of_pairs(input, problem, energy, reduction == "none", impl)
 
 
 class GatedCRFLoss(torch.nn.Module):
@@ -136,7 +136,7 @@ class GatedCRFLoss(torch.nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        _check_settings(radius, from_logits, reduction, impl)
+        check_settings(radius, from_logits, reduction, impl)
         parse_kernels("kernels", kernels)
         if compatibility is not None:
             check_compatibility(compatibility)
@@ -191,16 +191,7 @@ def partial_cross_entropy(
             that sum to 1 over the classes, as after softmax.
     """
     logits = check_prediction("logits", logits)
-    labels = check_tensor("labels", labels, "[N, H, W]", 3, logits.device)
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels: expected an integer tensor, got {labels.dtype}")
-    classes = logits.shape[1]
-    if labels.shape != logits.shape[:1] + logits.shape[2:]:
-        same_batch = labels.shape[0] == logits.shape[0]
-        hint = "; interpolate the logits to the labels, not the other way round" if same_batch else ""
-        raise ValueError(f"labels: expected {shape(logits[:, 0])} as in logits, got {shape(labels)}{hint}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
-        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    labels, classes = check_labels(labels, logits, ignore_index), logits.shape[1]
     dtype = accumulation_dtype(logits.dtype)
     weight = weight if weight is None else check_weight(weight, logits).to(dtype)
     if ignore_index == 255 < classes:
@@ -210,11 +201,8 @@ def partial_cross_entropy(
         )
     advise_on_logits("logits", logits, "pass what the network returns before its softmax")
 
-    labels = labels.long()
     labelled = labels != ignore_index
-    if can_assert(labels) and labels.numel():
-        lowest, highest = labels.where(labelled, 0).aminmax()
-        torch._assert_async((lowest >= 0) & (highest < classes), _expected_labels(classes, ignore_index))
+    assert_labels(labels, labelled, classes, ignore_index)
     logarithms = torch.log_softmax(logits, dim=1, dtype=dtype) if readable(logits) else None
     if logarithms is None or logarithms.detach()[:, 0].sum().isnan():
         # whatever is under no label stays there, in the gradient too
@@ -223,58 +211,6 @@ def partial_cross_entropy(
         errors = F.nll_loss(logarithms, labels, weight, ignore_index=ignore_index, reduction="none")  # [N, H, W]
     except IndexError:
         found = labels[labelled & ((labels < 0) | (labels >= classes))].unique().tolist()[:8]
-        raise ValueError(f"{_expected_labels(classes, ignore_index)}, got {found}") from None
+        raise ValueError(f"{expected_labels(classes, ignore_index)}, got {found}") from None
     total = labelled.sum() if weight is None else ordered_sum(weight[labels.where(labelled, 0)] * labelled)
     return ordered_sum(errors) / total.where(total > 0, 1)
-
-
-def _expected_labels(classes: int, ignore_index: int) -> str:
-    return f"labels: expected 0 to {classes - 1} or ignore_index={ignore_index}"
-
-
-def energy_of_pairs(
-    input: Tensor,
-    features: list[Tensor],
-    source: Tensor | None,
-    destination: Tensor | None,
-    mu: Tensor | None,
-    from_logits: bool,
-    weights: list[float],
-    sigmas: list[float],
-    radius: int,
-    reduction: Reduction = "mean",
-    impl: str = "auto",
-) -> Tensor:
-    """The loss of arguments that have been checked."""
-    if reduction != "none":
-        settings = (from_logits, weights, sigmas, radius, reduction == "mean")
-        with_gradient = torch.is_grad_enabled() and input.requires_grad
-        return pairwise_energy(input, features, source, destination, mu, *settings, with_gradient, impl)[0]
-    # e_i = d_i (sum_j k_ij s_j - p_i . sum_j k_ij s_j p_j) [N, H, W]: the ungated operator on the columns [s p | s]
-    _, input, features, source, destination = prepare(input, features, source, destination, from_logits)
-    dtype, classes = accumulation_dtype(input.dtype), input.shape[1]
-    probabilities = torch.softmax(input, dim=1, dtype=dtype) if from_logits else input.to(dtype)
-    mass = torch.ones_like(probabilities[:, :1]) if source is None else source[:, None]
-    columns = torch.cat([probabilities * mass, mass], dim=1)
-    pairs = (features, None, None, None, False, weights, sigmas, radius)
-    _, gradient, _ = pairwise_energy(columns, *pairs, False, True, impl)
-    sums = -0.5 * gradient
-    if mu is None and from_logits:
-        # softmax sums to 1, so 1 - p_i . p_j = p_i^T (1 - I) p_j: a sum of positive terms, exact where pixels agree
-        mu = 1 - torch.eye(classes, dtype=dtype, device=input.device)
-    if mu is None:
-        energies = sums[:, -1] - (probabilities * sums[:, :-1]).sum(1)
-    else:
-        towards = torch.stack([(row[:, None, None] * sums[:, :-1]).sum(1) for row in mu], dim=1)
-        energies = (probabilities * towards).sum(1)
-    return energies if destination is None else destination * energies
-
-
-def _check_settings(radius: int, from_logits: bool, reduction: str, impl: str) -> int:
-    # the radius
-    if not isinstance(from_logits, bool):
-        raise TypeError(f"from_logits: expected a bool, got {type(from_logits).__name__}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
-    check_impl(impl)
-    return check_radius("radius", radius)

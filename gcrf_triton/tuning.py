@@ -1,4 +1,4 @@
-"""How the tile kernel is launched: configurations, and which one a problem gets."""
+"""Configurations of the kernels, and which one a problem gets."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from .constants import KEYS
 from .messages import warn_caller
 
 SCHEMA = 1
-KEYS = 16  # pixels of the halo that a tile meets at a time
-LARGEST_COLUMNS = 64  # of a tile, in registers: more classes take several passes
 MOST_UNROLLED = 20  # steps: beyond, the code outgrows the instruction cache
 REGISTERS = 172  # a thread may be estimated to need: the estimate is rough, and 255 the limit
 STAGES = 3  # on NVIDIA: an H100 took 0.54 to 0.79 of the time of 1
@@ -57,7 +56,7 @@ class Config:
         if min(self.tile_y, self.tile_x) < 1 or self.pixels > 128:
             raise ValueError(f"tile_y, tile_x: expected a tile of 1 to 128 pixels, got {self.tile_y} x {self.tile_x}")
         if (self.pixels - 1) // self.tile_x > self.tile_y:
-            # the pixels that fill it up lie in rows below the tile, which have to exist
+            # the pixels that pad it lie below the tile, where the halo has one row at least
             raise ValueError(
                 f"tile_y, tile_x: expected to fill {self.pixels} pixels, got {self.tile_y} x {self.tile_x}"
             )
@@ -70,17 +69,17 @@ class Config:
 
     @property
     def pixels(self) -> int:
-        """Of a tile, filled up to a power of two and at least a tensor core's 16."""
+        """Of a tile, padded to a power of two, and to at least a tensor core's 16."""
         return max(16, 1 << (self.tile_y * self.tile_x - 1).bit_length())
 
     def steps(self, radius: int) -> int:
-        """How often a tile meets KEYS pixels of its halo."""
+        """Steps of a tile through its halo, KEYS pixels of a row each."""
         return (self.tile_y + 2 * radius) * -(-(self.tile_x + 2 * radius) // KEYS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What a configuration is chosen by: device, value columns, sets of features of every kernel, and the rest."""
+    """What a configuration is chosen by: device, value columns, sets of features of every term, and the rest."""
 
     device: str
     arch: str
@@ -118,8 +117,8 @@ def choose_config(key: Key) -> Config:
     return _forced.get() or _stored(key) or heuristic(key)
 
 
-def count(config: Config, key: Key) -> float:
-    """Rough instructions a pixel: of every step those that pixels and the step itself cause, and of a tile its ends."""
+def estimated_instructions(config: Config, key: Key) -> float:
+    """Rough instructions a pixel: (steps (a pixels + b) + c pixels) / (tile_y tile_x), `pixels` with padding."""
     step = 3.2 * config.pixels + 66 if key.dtype == "float32" else 1.7 * config.pixels + 24
     division = 5 if config.tile_x & (config.tile_x - 1) else 0  # by what is no power of two
     return (config.steps(key.radius) * step + (28 + division) * config.pixels) / (config.tile_y * config.tile_x)
@@ -127,13 +126,13 @@ def count(config: Config, key: Key) -> float:
 
 @functools.lru_cache(maxsize=1024)
 def heuristic(key: Key) -> Config:
-    """The cheapest tile by `count` whose sums, exponents and features fit the registers."""
+    """The cheapest tile by `estimated_instructions` whose sums, exponents and features fit the registers."""
     most = MORE_REGISTERS if key.arch.startswith(("sm_", "gfx942")) else REGISTERS
     fitting = [config for config in space(key) if _registers(config, key) <= most]
     stages = STAGES if key.arch.startswith("sm_") else 1
 
     def cost(config: Config) -> tuple[float, bool, int]:
-        return count(config, key), config.unroll, abs(config.num_stages - stages)
+        return estimated_instructions(config, key), config.unroll, abs(config.num_stages - stages)
 
     return min(fitting or space(key)[-1:], key=cost)
 
@@ -147,7 +146,7 @@ def space(key: Key) -> list[Config]:
     for pixels in (32, 16):
         tiles = [Config(pixels // tile_x, tile_x, pack) for tile_x in range(1, pixels + 1)]
         tiles = [tile for tile in tiles if tile.pixels == pixels]
-        for tile in sorted(tiles, key=lambda tile: count(tile, key))[:3]:
+        for tile in sorted(tiles, key=lambda tile: estimated_instructions(tile, key))[:3]:
             configs += [dataclasses.replace(tile, num_stages=stages) for stages in range(1, most_stages + 1)]
             if tile.steps(key.radius) <= MOST_UNROLLED:
                 configs.append(dataclasses.replace(tile, unroll=True))
@@ -155,7 +154,7 @@ def space(key: Key) -> list[Config]:
 
 
 def _registers(config: Config, key: Key) -> float:
-    # a warp's 32 threads hold the sums, and for every kernel exponents, for every set two operands, of their pixels
+    # a warp's 32 threads hold the sums, and for every term exponents, for every set two operands, of their pixels
     per_pixel = key.columns + 16 * len(key.sets) + 24 * sum(key.sets) + 16 * key.gated
     return 60 + per_pixel * config.pixels / 32 / config.num_warps
 

@@ -182,10 +182,13 @@ def engine(request, monkeypatch):
     name = getattr(request, "param", "torch")
     if name == "triton":
         engine = pytest.importorskip("gcrf_triton.triton_engine")
+        from gcrf_triton import planning
+
         if reason := engine.unavailable(torch.device("cpu")):
             pytest.skip(f"Triton cannot run on the CPU: {reason}")
         if os.environ.get("TRITON_INTERPRET") == "1":
-            monkeypatch.setattr(engine, "PARTS", 4)  # a program takes the interpreter milliseconds
+            few = planning.LIMITS._replace(parts=4)  # a program takes the interpreter milliseconds
+            monkeypatch.setattr(planning, "LIMITS", few)
     monkeypatch.setenv("GCRF_TRITON_IMPL", name)
     return name
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from gcrf_triton import GatedCRFLoss, checks, gated_crf_loss, loss, partial_cross_entropy
+from gcrf_triton import GatedCRFLoss, advice, checks, gated_crf_loss, loss, partial_cross_entropy
 
 SHAPE = (2, 4, 24, 20)
 KERNELS = ({"weight": 1.0, "xy": 6.0, "rgb": 0.1},)
@@ -184,9 +184,9 @@ def test_nothing_is_read_while_compiling():
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Take tensors for those of a GPU, whose values are not read; a device-side assertion on a CPU raises at once."""
-    for module in (checks, loss):
+    for module in (advice, checks, loss):
         monkeypatch.setattr(module, "readable", lambda tensor: False)
-        monkeypatch.setattr(module, "can_assert", lambda tensor: True)
+    monkeypatch.setattr(checks, "can_assert", lambda tensor: True)
 
 
 @pytest.mark.parametrize(

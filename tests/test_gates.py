@@ -6,6 +6,8 @@ import pytest
 import torch
 from problems import make_problem, value_and_gradient
 
+from gcrf_triton import planning
+
 pytestmark = [
     pytest.mark.engines("torch", "triton"),
     pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str),  # Triton's tiles have no float64
@@ -153,7 +155,7 @@ def test_soft_gates_are_weights(dtype):
 @pytest.mark.parametrize("gates, pixels", [("s", 8), ("sd", 8), ("d", 1024)])
 def test_a_mean_is_over_the_gates_of_all_images_and_all_their_parts(dtype, gates, pixels, monkeypatch):
     """More images than are summed at once, whose pixels fill several parts or less than one."""
-    monkeypatch.setattr("gcrf_triton.triton_engine.PREPARED", pixels)
+    monkeypatch.setattr(planning, "LIMITS", planning.LIMITS._replace(prepared=pixels))
     problem = make_problem((9, 2, 3, 5), radius=1, gates=gates, dtype=dtype)
     mass = getattr(problem, "destination" if "d" in gates else "source").double().sum()
     value, gradient = value_and_gradient(problem, lambda p: p.loss())

@@ -12,7 +12,7 @@ import torch
 from problems import KERNELS, make_problem, value_and_gradient
 
 from gcrf_triton import gated_crf_loss
-from gcrf_triton.op import select_engine
+from gcrf_triton.engines import select_engine
 
 pytestmark = [
     pytest.mark.gpu,

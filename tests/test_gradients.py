@@ -6,6 +6,7 @@ from problems import KERNELS, make_problem
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gcrf_triton.problem import Problem, Term, Window
 from gcrf_triton.torch_engine import apply_pairwise
 
 pytestmark = pytest.mark.engines("torch", "triton")
@@ -104,7 +105,7 @@ def test_no_window_is_ever_unfolded():
     def largest(radius):
         values, image = torch.rand(1, 5, 500, 500), torch.rand(1, 3, 500, 500)
         with LargestStorage() as mode:
-            apply_pairwise([values], [image], None, None, [1.0], [6.0, 0.1], radius)
+            apply_pairwise([values], Problem([image], (Term(1.0, 6.0, (0.1,)),), Window(radius)))
         return mode.nbytes
 
     columns = 4 * 5 * 500**2

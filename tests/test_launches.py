@@ -55,8 +55,8 @@ def test_nothing_but_the_kernels_passes_over_the_prediction(dtype, gated):
     passing = [operation.name for operation in operations.found if SHAPE in sizes(operation.tensors)]
     assert passing == ["mul"]  # backward
     for launch in launches:
-        tensors = dict(zip(launch.kernel.arg_names, launch.positional, strict=False))
-        touched = launch.kernel.fn.__name__ != "prepare" or launch.keywords["COUNT"] > 0
+        tensors = launch.arguments
+        touched = launch.kernel.fn.__name__ != "prepare" or launch.constants["SCANNED"] > 0
         assert touched == (launch.kernel.fn.__name__ in ("pack", "sum_tile")), tensors
 
 
@@ -78,7 +78,7 @@ def test_a_step_under_autocast_is_that_of_halves(dtype, gated):
         step[1].found = [(operation.name, operation.bytes) for operation in step[1].found]
         step[1].allocated = [(tensor.dtype, tuple(tensor.shape)) for tensor in step[1].allocated]
     assert plain[1].found == under[1].found and plain[1].allocated == under[1].allocated
-    assert [launch.keywords for launch in plain[0]] == [launch.keywords for launch in under[0]]
+    assert [launch.constants for launch in plain[0]] == [launch.constants for launch in under[0]]
 
 
 def count_variants(layout, dtype, gated):
@@ -95,7 +95,7 @@ def count_variants(layout, dtype, gated):
         with recorded("sm_90") as launches, use_config(Config()):
             gated_crf_loss(input, {"rgb": image}, radius=1, source=gate, from_logits=True, impl="triton")
         for launch in launches:
-            compiled[launch.kernel.fn.__name__].add(repr(specialised(launch)) + repr(launch.keywords))
+            compiled[launch.kernel.fn.__name__].add(repr(specialised(launch)) + repr(launch.constants))
     return {name: len(variants) for name, variants in compiled.items()}
 
 

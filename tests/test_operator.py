@@ -12,7 +12,8 @@ import torch
 from problems import make_problem
 
 from gcrf_triton import GatedCRFLoss, gated_crf_loss
-from gcrf_triton.op import area_average, pairwise_energy
+from gcrf_triton.op import pairwise_energy
+from gcrf_triton.tensors import area_average
 
 SETTINGS = ([1.0, 0.3], [6.0, 0.1, 2.0, 0.0], 2)  # weights, sigmas, radius
 
@@ -60,6 +61,13 @@ def test_one_gate_leaves_the_other_open(compatibility):
     rest = (compatibility, False, [1.0], [2.0], 1, False, True, "auto")
     for gates, both in (((gate, None), (gate, torch.ones(1, 4, 5))), ((None, gate), (torch.ones(1, 4, 5), gate))):
         torch.testing.assert_close(pairwise_energy(p, [], *gates, *rest), pairwise_energy(p, [], *both, *rest))
+
+
+@both_engines
+def test_a_window_of_the_pixel_alone_has_no_pairs():
+    p = torch.full((1, 2, 3, 4), float("nan"))
+    _, gradient, _ = pairwise_energy(p, [], None, None, None, False, [1.0], [2.0], 0, True, True, "auto")
+    assert (gradient == 0).all()
 
 
 def test_opcheck_of_the_average():

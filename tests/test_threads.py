@@ -8,6 +8,7 @@ from problems import make_problem, value_and_gradient
 from threadpoolctl import threadpool_info
 
 from gcrf_triton import torch_engine
+from gcrf_triton.threads import AdaptiveThreads, limit_threads
 
 
 @pytest.fixture
@@ -17,17 +18,17 @@ def many_threads():
     torch.set_num_threads(before)
 
 
-def always_a_team(pace, seconds):
-    pace.steps += 1
-    if pace.steps == 1:
-        pace._call_team()
+def always_several(threads, seconds):
+    threads.steps += 1
+    if threads.steps == 1:
+        threads.use_several()
 
 
 @pytest.mark.parametrize("gates", ["", "s", "d", "sd"])
 @pytest.mark.parametrize("shape", [(1, 5, 90, 81), (1, 5, 300, 290), (2, 6, 192, 256), (3, 2, 201, 203)])
 @pytest.mark.parametrize("from_logits", [False, True])
 def test_bits_do_not_depend_on_the_number_of_threads(many_threads, monkeypatch, from_logits, shape, gates):
-    monkeypatch.setattr(torch_engine.Pace, "step", always_a_team)
+    monkeypatch.setattr(AdaptiveThreads, "record", always_several)
     problem = make_problem(shape, radius=2, gates=gates, dtype=torch.float32)
     results = []
     for threads in (1, 2, 5, 7, 9, 2):
@@ -45,24 +46,24 @@ def test_single_energies_of_logits_repeat_on_one_number_of_threads(many_threads)
     assert torch.equal(first, second)
 
 
-def test_a_team_works_until_it_falls_behind():
-    def pace_after(*milliseconds):
-        pace = torch_engine.Pace(torch.device("cpu"), 2)
-        with torch_engine.limit_threads(torch.device("cpu")), pace.lead(10**6):
-            sizes = []
+def test_several_threads_work_until_they_have_lost_time():
+    def threads_after(*milliseconds):
+        threads = AdaptiveThreads(torch.device("cpu"), 2)
+        with limit_threads(torch.device("cpu")), threads.using(10**6):
+            used = []
             for step in milliseconds:
-                pace.step(step / 1000)
-                sizes.append(torch.get_num_threads())
-        return sizes
+                threads.record(step / 1000)
+                used.append(torch.get_num_threads())
+        return used
 
     before = torch.get_num_threads()
-    assert pace_after(5, 3, 4) == [1, 1, 2]
-    assert pace_after(5, 3, 4, 2, 2, 2, 2) == [1, 1, 2, 2, 2, 2, 2]
-    assert pace_after(5, 3, 4, 2, 9, 2, 2) == [1, 1, 2, 2, 2, 2, 2]  # once is no reason
-    assert pace_after(5, 3, 4, 4, 4, 2, 1) == [1, 1, 2, 2, 2, 2, 2]
-    assert pace_after(5, 3, 4, 1, 1, 1, 14, 1) == [1, 1, 2, 2, 2, 2, 2, 2]  # still ahead of one thread
-    assert pace_after(5, 3, 4, 4, 4, 8, 1) == [1, 1, 2, 2, 2, 1, 1]
-    assert pace_after(5, 3, 4, 99, 1) == [1, 1, 2, 1, 1]
+    assert threads_after(5, 3, 4) == [1, 1, 2]
+    assert threads_after(5, 3, 4, 2, 2, 2, 2) == [1, 1, 2, 2, 2, 2, 2]
+    assert threads_after(5, 3, 4, 2, 9, 2, 2) == [1, 1, 2, 2, 2, 2, 2]  # once is no reason
+    assert threads_after(5, 3, 4, 4, 4, 2, 1) == [1, 1, 2, 2, 2, 2, 2]
+    assert threads_after(5, 3, 4, 1, 1, 1, 14, 1) == [1, 1, 2, 2, 2, 2, 2, 2]  # still ahead of one thread
+    assert threads_after(5, 3, 4, 4, 4, 8, 1) == [1, 1, 2, 2, 2, 1, 1]
+    assert threads_after(5, 3, 4, 99, 1) == [1, 1, 2, 1, 1]
     assert torch.get_num_threads() == before
 
 
@@ -115,7 +116,7 @@ def test_settings_are_restored_after_an_error(monkeypatch):
         raise RuntimeError("stopped")
 
     before = torch.get_num_threads()
-    monkeypatch.setattr(torch_engine, "_kernel", fail)
+    monkeypatch.setattr(torch_engine, "_affinity", fail)
     with pytest.raises(RuntimeError, match="stopped"):
         make_problem((1, 3, 6, 6)).loss()
     assert torch.get_num_threads() == before

@@ -1,16 +1,17 @@
 """Promise: the Triton kernels compute the same loss and gradient, whatever shape, dtype, layout and configuration."""
 
 import ast
-import inspect
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from problems import KERNELS, make_problem, value_and_gradient
 
 from bench.machine_code.recording import record_launches
-from gcrf_triton import gated_crf_loss, tuning
+from gcrf_triton import gated_crf_loss, planning, tuning
 from gcrf_triton.op import pairwise_energy
+from gcrf_triton.problem import Energy, Mode, Problem, Term, Window
 
 triton_engine = pytest.importorskip("gcrf_triton.triton_engine")
 
@@ -295,12 +296,11 @@ def test_every_configuration_gives_the_same_answer(config):
 
 def test_chunks_of_an_image_and_of_a_batch(monkeypatch):
     problem = make_problem((3, 4, 11, 12), radius=2, gates="sd", dtype=torch.float32)
-    chunks = []
-    original = triton_engine._chunks
-    monkeypatch.setattr(triton_engine, "_chunks", lambda *sizes: chunks.append(list(original(*sizes))) or chunks[-1])
-    results = []
+    chunks, results = [], []
+    original = planning.Chunks.each
+    monkeypatch.setattr(planning.Chunks, "each", lambda self: chunks.append(list(original(self))) or chunks[-1])
     for workspace in (10**9, 60_000, 1):  # an image's records take 58,368 bytes
-        monkeypatch.setattr(triton_engine, "WORKSPACE", workspace)
+        monkeypatch.setattr(planning, "LIMITS", planning.LIMITS._replace(workspace=workspace))
         with tuning.use_config(tuning.Config(5, 6)):
             results.append(value_and_gradient(problem, lambda p: p.loss(from_logits=True)))
         assert torch.equal(results[-1][1], results[0][1])
@@ -317,7 +317,9 @@ def test_nothing_around_the_tensors_is_touched():
     x.copy_(torch.rand(1, 3, 7, 9)), image.copy_(torch.rand(1, 3, 7, 9))
     before = room.clone(), image_room.clone()
     gradient_room, gradient = guarded(1, 3, 7, 9)
-    triton_engine.potts_energy(x, [image], None, None, [1.0], [6.0, 0.1], 3, True, True, gradient, 1.0)
+    problem, energy = Problem([image], (Term(1.0, 6.0, (0.1,)),), Window(3)), Energy(from_logits=True, mean=True)
+    description = planning.describe(x, problem, energy)
+    triton_engine.potts_energy(x, problem, description, Mode.ENERGY_AND_GRADIENT, gradient, 1.0)
     assert torch.equal(room, before[0]) and torch.equal(image_room, before[1])
     assert (gradient_room[:4096] == 7).all() and (gradient_room[-4096:] == 7).all() and (gradient != 7).all()
 
@@ -359,15 +361,14 @@ def test_more_than_two_to_the_31_elements():
         launches = record_launches(shape)
         wide = torch.Size(shape[1:]).numel() >= 2**31
         for launch in launches:
-            assert "int64" in str(launch.keywords.get("OFFSET", "int64")) or not wide
+            assert "int64" in str(launch.constants.get("OFFSET", "int64")) or not wide
             assert all(size < 65536 for size in launch.grid[1:]) and launch.grid[0] < 2**31
 
 
 def test_bounds_of_ranges_are_constants():
     # Triton 3.6's interpreter makes an int of the array that a tensor is there, which NumPy 2.5 refuses
-    loops = [
-        node for node in ast.walk(ast.parse(inspect.getsource(triton_engine.kernels))) if isinstance(node, ast.For)
-    ]
+    files = Path(triton_engine.kernels.__file__).parent.glob("*.py")
+    loops = [node for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.For)]
     unrolled = [node for node in loops if ast.unparse(node.iter).startswith("tl.static_range")]
     constants = {node.target.id for node in unrolled} | {"range", "len", "tl"}
     assert len(loops) > len(unrolled) > 20

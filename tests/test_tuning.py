@@ -159,7 +159,7 @@ def test_tune_measures_all_configurations_one_after_another(gates, monkeypatch, 
     """As on a GPU, for which the interpreter stands."""
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cpu"))
-    monkeypatch.setattr("gcrf_triton.__main__.select_engine", lambda impl, device: "triton")
+    monkeypatch.setattr("gcrf_triton.tuner.select_engine", lambda impl, device: "triton")
     configs, milliseconds = [Config(4, 8), Config(8, 4), Config(5, 6)], iter([3.0, 1.0, 2.0])
     monkeypatch.setattr(tuning, "space", lambda key: configs)
     monkeypatch.setattr("triton.testing.do_bench", lambda step, return_mode: (step(), next(milliseconds))[1])

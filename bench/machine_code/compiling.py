@@ -14,12 +14,11 @@ TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx
 
 def specialised(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
     """Types, constants and attributes of a launch's arguments: what Triton tells compiled kernels apart by."""
-    arguments = dict(zip(launch.kernel.arg_names, launch.positional, strict=False)) | launch.keywords
     signature: dict[str, Any] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
     for place, parameter in enumerate(launch.kernel.params):
-        value = arguments[parameter.name]
+        value = launch.arguments[parameter.name]
         if parameter.is_constexpr:
             signature[parameter.name], constants[(place,)] = "constexpr", value
         elif parameter.do_not_specialize:
@@ -35,7 +34,7 @@ def compile_launch(launch: Launch, target: str) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    options = {name: launch.keywords[name] for name in ("num_warps", "num_stages") if name in launch.keywords}
+    options = {name: value for name, value in launch.constants.items() if name.startswith("num_")}
     number = target.removeprefix("sm_")
     gpu = (
         GPUTarget("cuda", int(number), 32)

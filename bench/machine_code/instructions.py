@@ -14,6 +14,7 @@ from typing import Any
 
 from bench.machine_code.compiling import compile_launch
 from bench.machine_code.recording import Launch
+from gcrf_triton.constants import KEYS
 
 # Which unit of an NVIDIA multiprocessor executes an instruction, by how its name begins. Integer multiply-adds and
 # halves share the FMA pipe with float32; comparisons, selections and conversions to halves go with integers. What is
@@ -65,7 +66,7 @@ def count_instructions(launches: Sequence[Launch], pixels: int, target: str) -> 
     """Compile the launches of one kernel, which are alike, and count what they execute for so many pixels."""
     launch = launches[0]
     compiled = compile_launch(launch, target)
-    name, num_warps = launch.kernel.fn.__name__, launch.keywords.get("num_warps", 4)
+    name, num_warps = launch.kernel.fn.__name__, launch.constants.get("num_warps", 4)
     if target.startswith("gfx"):
         assembly = compiled.asm["amdgcn"]
 
@@ -169,39 +170,39 @@ def _trips(
     launch: Launch, instructions: Sequence[str], loops: Sequence[tuple[int, int]], depths: Sequence[int]
 ) -> list[float]:
     # how often each instruction is executed, by how many loops deep it is
-    name, keywords = launch.kernel.fn.__name__, launch.keywords
+    name, constants = launch.kernel.fn.__name__, launch.constants
     deepest = max(depths, default=0)
     if name == "sum_offsets":
         # rows and columns of the window, then channels, which compilers write out
-        window = 2 * keywords["RADIUS"] + 1
+        window = 2 * constants["RADIUS"] + 1
         by_depth = [1, window, window**2, *[3 * window**2] * (deepest - 2)]
     elif name == "prepare":
-        arguments = dict(zip(launch.kernel.arg_names, launch.positional, strict=False))
-        steps = -(-arguments["height"] * arguments["width"] // (launch.grid[1] * keywords["PIXELS"]))
-        by_depth = [1, steps, *[steps * keywords["COUNT"]] * (deepest - 1)]
+        pixels = launch.arguments["height"] * launch.arguments["width"]
+        steps = -(-pixels // (launch.grid[1] * constants["PIXELS"]))
+        by_depth = [1, steps, *[steps * constants["SCANNED"]] * (deepest - 1)]
     else:
         by_depth = [1] * (deepest + 1)
     trips: list[float] = [by_depth[depth] for depth in depths]
     if name == "sum_tile" and loops:
-        _walk(trips, keywords, instructions, loops)
+        _walk(trips, constants, instructions, loops)
     return trips
 
 
 def _walk(
-    trips: list[float], keywords: Mapping[str, Any], instructions: Sequence[str], loops: Sequence[tuple[int, int]]
+    trips: list[float], constants: Mapping[str, Any], instructions: Sequence[str], loops: Sequence[tuple[int, int]]
 ) -> None:
     # How often the loops of `sum_tile` through the halo run: three of rows in one of chunks, as far as compilers leave
     # them. What a loop holds is known by its products, so many a step; what is written out leaves it fewer steps.
-    radius, tile_y = keywords["RADIUS"], keywords["TILE_Y"]
-    values = sum(keywords["BLOCKS"]) // 8 * (3 if keywords["SPLIT"] else 1)
-    products = keywords["PIXELS"] // 16 // keywords["num_warps"] or 1
-    products *= 4 * keywords["N_SETS"] + 2 * keywords["GATED"] + values
+    radius, tile_y = constants["RADIUS"], constants["TILE_Y"]
+    values = sum(constants["BLOCKS"]) // 8 * (3 if constants["SPLIT"] else 1)
+    products = constants["PIXELS"] // 16 // constants["num_warps"] or 1
+    products *= 4 * constants["N_SETS"] + 2 * constants["GATED"] + values
     inner = [
         loop
         for loop in loops
         if not any(loop[0] <= other[0] and other[1] <= loop[1] and other != loop for other in loops)
     ]
-    chunks = -(-(keywords["TILE_X"] + 2 * radius) // 16)
+    chunks = -(-(constants["TILE_X"] + 2 * radius) // KEYS)
     outer = [loop for loop in loops if loop not in inner]
     for first, last in outer:
         trips[first : last + 1] = [chunks] * (last + 1 - first)

@@ -14,6 +14,8 @@ from bench.machine_code.recording import Launch, bytes_per_pixel, record_launche
 from bench.measuring.cases import RGB_XY
 from gcrf_triton import tuning
 from gcrf_triton.checks import parse_kernels
+from gcrf_triton.planning import LIMITS, describe
+from gcrf_triton.problem import Energy, Problem, Window
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 SIZE = (512, 512)  # pixels of the image
@@ -105,8 +107,6 @@ def rows_of(
 
     The step's clocks are the kernels'; its bytes and launches have those of PyTorch's operations around them too.
     """
-    from gcrf_triton import triton_engine
-
     given = {name: value for name, value in problem.items() if name in ("channels", "from_logits")}
     given = {"from_logits": True} | given
 
@@ -128,7 +128,7 @@ def rows_of(
         moved = bytes_per_pixel(launches)
         least = moved["inputs"] + moved["outputs"] + around
         # records come back from a cache that holds the workspace
-        dram = least if machine.cache * 2**20 > triton_engine.WORKSPACE else least + 2 * moved["record"]
+        dram = least if machine.cache * 2**20 > LIMITS.workspace else least + 2 * moved["record"]
         clocks = unit_clocks(codes, machine) | {"dram": dram / machine.bytes_a_clock}
         together = case | _clock_columns(clocks) | {"kernel": "together", "device": machine.device, "bytes": least}
         together["instructions"] = sum(row["instructions"] for row in rows)
@@ -190,18 +190,19 @@ def problem_key(
     """What the configuration of a problem is chosen by on a target."""
     from gcrf_triton import triton_engine
 
-    names, _, sigmas = parse_kernels("kernels", kernels)
+    names, terms = parse_kernels("kernels", kernels)
     n, _, *size = shape or (1, classes, *SIZE)
     logits = torch.empty(n, classes, *size, dtype=DTYPES[dtype], device="meta")
     features = [torch.empty(n, (channels or {}).get(name, 3), *size, device="meta") for name in names]
-    key = triton_engine.problem_key(logits, features, sigmas, radius, gates, "logits")
-    return dataclasses.replace(key, device=target, arch=target)
+    gate = logits[:, 0] if gates else None
+    description = describe(logits, Problem(features, terms, Window(radius), gate, gate), Energy(from_logits=True))
+    return dataclasses.replace(triton_engine.problem_key(description, logits.device), device=target, arch=target)
 
 
 def _describe(by_kernel: Mapping[str, Sequence[Launch]]) -> str:
     if "sum_tile" not in by_kernel:
         return ""
-    pack, tile = by_kernel["pack"][0].keywords, by_kernel["sum_tile"][0].keywords
+    pack, tile = by_kernel["pack"][0].constants, by_kernel["sum_tile"][0].constants
     stages = tile["num_stages"]
     steps = "unrolled" if tile["UNROLL"] else "looped" if stages == 1 else f"looped {stages} stages"
     return f"{tile['TILE_Y']}x{tile['TILE_X']} pack {pack['PIXELS']} {steps} {tile['num_warps']} warps"

@@ -15,18 +15,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.measuring.cases import RGB_XY
-from gcrf_triton import op
+from gcrf_triton import gated_crf_loss, op
+from gcrf_triton.checks import parse_kernels
+from gcrf_triton.planning import describe
+from gcrf_triton.problem import Energy, Mode, Problem, Window
+from gcrf_triton.tensors import accumulation_dtype
 from gcrf_triton.tuning import Config, use_config
 
 
 @dataclasses.dataclass
 class Launch:
-    """A kernel, its grid and its arguments, recorded instead of launched."""
+    """A kernel, its grid and its arguments by name, recorded instead of launched."""
 
     kernel: Any
     grid: tuple[int, ...]
-    positional: tuple[Any, ...]
-    keywords: dict[str, Any]
+    arguments: dict[str, Any]
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Those that are compiled into the kernel, and how it is compiled."""
+        return {name: value for name, value in self.arguments.items() if name.isupper() or name.startswith("num_")}
 
 
 def record_launches(
@@ -47,10 +55,8 @@ def record_launches(
     With `tiles=False` those of the product with all columns, an offset at a time.
     """
     from gcrf_triton import triton_engine
-    from gcrf_triton.checks import parse_kernels
-    from gcrf_triton.op import accumulation_dtype
 
-    names, weights, sigmas = parse_kernels("kernels", kernels)
+    names, terms = parse_kernels("kernels", kernels)
     n, _, height, width = shape
     input = torch.empty(*shape, dtype=dtype, device="meta")
     wide = accumulation_dtype(dtype)
@@ -58,25 +64,26 @@ def record_launches(
         torch.empty(n, (channels or {}).get(name, 3), height, width, dtype=wide, device="meta") for name in names
     ]
     mask = torch.empty(n, height, width, dtype=torch.bool, device="meta") if gated else None
+    problem, energy = Problem(features, terms, Window(radius), mask, mask), Energy(from_logits=from_logits, mean=True)
     gate = None if mask is None else mask.to(wide)
-    pairs = (features, gate, gate, weights, sigmas, radius)
+    converted = Problem(features, terms, Window(radius), gate, gate)
     with recorded(target) as launches, contextlib.nullcontext() if config is None else use_config(config):
         if not tiles:
-            triton_engine._sum_offsets(input.to(wide), *pairs)
-        elif triton_engine.fits(input, shape[1] + (not from_logits), features, sigmas):
+            triton_engine._sum_offsets(input.to(wide), converted)
+        elif triton_engine.can_tile(description := describe(input, problem, energy), input.device):
+            mode = Mode.ENERGY_AND_GRADIENT if gradient else Mode.ENERGY
             result = torch.empty_like(input) if gradient else input.new_empty(0)
-            pairs = (features, mask, mask, weights, sigmas, radius)
-            triton_engine.potts_energy(input, *pairs, True, from_logits, result, 1.0)
+            triton_engine.potts_energy(input, problem, description, mode, result, 1.0)
         else:
-            triton_engine.apply_pairwise([input.to(wide)], *pairs)
+            triton_engine.apply_pairwise([input.to(wide)], converted)
     return launches
 
 
 @contextlib.contextmanager
 def recorded(target: str) -> Iterator[list[Launch]]:
     """Context in which tensors of any device are taken for a target's, and launches are only noted."""
-    from gcrf_triton import checks, loss, triton_engine
     from gcrf_triton import kernels as module
+    from gcrf_triton import tensors, triton_engine
 
     launches: list[Launch] = []
 
@@ -85,15 +92,14 @@ def recorded(target: str) -> Iterator[list[Launch]]:
             self.kernel = kernel
 
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *positional, **keywords: launches.append(Launch(self.kernel, grid, positional, keywords))
+            return lambda **arguments: launches.append(Launch(self.kernel, grid, arguments))
 
     with contextlib.ExitStack() as stack:
         for name in ("prepare", "pack", "sum_tile", "sum_offsets"):
             stack.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name))))
         stack.enter_context(mock.patch.object(triton_engine, "device_and_arch", lambda device: (target, target)))
         stack.enter_context(mock.patch.object(triton_engine, "unavailable", lambda device: None))
-        for place in (checks, loss, op):
-            stack.enter_context(mock.patch.object(place, "readable", lambda tensor: False))
+        stack.enter_context(mock.patch.object(tensors, "holds_values", lambda tensor: False))  # none is readable
         yield launches
 
 
@@ -102,21 +108,20 @@ def bytes_per_pixel(launches: Sequence[Launch]) -> dict[str, float]:
 
     "inputs" and "outputs" of the kernels, the copy of what is constant among both; "record", which is written and read.
     """
-    arguments = {}
+    arguments: dict[str, dict[str, Any]] = {}
     for launch in launches:
-        named = dict(zip(launch.kernel.arg_names, launch.positional, strict=False))
-        arguments.setdefault(launch.kernel.fn.__name__, (named, launch.keywords))
-    (first, flags), (packed, keywords), (tile, _) = (arguments[name] for name in ("prepare", "pack", "sum_tile"))
-    pixels = first["height"] * first["width"]
+        arguments.setdefault(launch.kernel.fn.__name__, launch.arguments)
+    prepare, pack, tile = (arguments[name] for name in ("prepare", "pack", "sum_tile"))
+    pixels = prepare["height"] * prepare["width"]
 
     def bytes_of(tensor: Tensor) -> float:
         return math.prod(tensor.shape[1:]) / pixels * tensor.element_size()
 
-    given = [*first["features"], *(first[name] for name in ("source", "destination") if flags[name.upper()])]
-    inputs = [*given, packed["constants"], packed["values"]]
-    outputs = [packed["constants"], *[tile["result"]] * (tile["result"].dim() == 4)]
+    gates = [prepare[name] for name in ("source", "destination") if prepare[name.upper()]]
+    inputs = [*prepare["features"], *gates, pack["copies"], pack["values"]]
+    outputs = [pack["copies"], *[tile["result"]] * tile["RESULT"]]
     sums = [sum(map(bytes_of, tensors)) for tensors in (inputs, outputs)]
-    return {"inputs": sums[0], "outputs": sums[1], "record": 2.0 * keywords["RECORD"]}
+    return {"inputs": sums[0], "outputs": sums[1], "record": 2.0 * pack["RECORD"]}
 
 
 @dataclasses.dataclass
@@ -170,12 +175,9 @@ def record_step(
     **settings: Any,
 ) -> tuple[list[Launch], Operations]:
     """What one loss and its gradient launch on a GPU: kernels of Triton, and operations of PyTorch."""
-    from gcrf_triton import gated_crf_loss
-    from gcrf_triton.checks import parse_kernels
-
     n, _, height, width = shape
     input = torch.zeros(*shape, dtype=dtype, requires_grad=True)
-    names, _, _ = parse_kernels("kernels", kernels)
+    names, _ = parse_kernels("kernels", kernels)
     features = {name: torch.zeros(n, (channels or {}).get(name, 3), height, width) for name in names}
     gate = torch.ones(n, height, width, dtype=torch.bool) if gated else None
     with recorded(target) as launches, Operations() as operations:

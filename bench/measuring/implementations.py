@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.measuring.cases import Case
 from gcrf_triton import gated_crf_loss
-from gcrf_triton.op import select_engine
+from gcrf_triton.engines import select_engine
 from reference import gated_crf_unfold
 
 Loss = Callable[[Tensor, Tensor, Case, Tensor | None, Tensor | None], Tensor]  # of probabilities, image, case, gates
