@@ -85,12 +85,9 @@ def _from_logits(products: Tensor) -> tuple[Tensor, Tensor]:
 
 def _through_matrix(multiply: Multiply, p: Tensor, problem: Problem, mu: Tensor) -> Tensor:
     # d mu K (s p) + s mu^T K (d p), with the affinities K alone: mu need not be symmetric
-    if problem.has_gates():
-        s, d = (1 if gate is None else gate[:, None] for gate in (problem.source, problem.destination))
-        columns = [s * p, d * p]
-    else:
-        s, d, columns = 1, 1, [p]
-    products = multiply(columns, problem.without_gates(), Mode.PRODUCT)
+    s, d = (1 if gate is None else gate[:, None] for gate in (problem.source, problem.destination))
+    # no name for the columns, which would keep them beside what follows
+    products = multiply([s * p, d * p] if problem.has_gates() else [p], problem.without_gates(), Mode.PRODUCT)
     by_source, by_destination = products[:, : len(mu)], products[:, -len(mu) :]  # the same without gates
     return d * torch.einsum("ce,ne...->nc...", mu, by_source) + s * torch.einsum("ec,ne...->nc...", mu, by_destination)
 

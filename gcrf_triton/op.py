@@ -68,7 +68,7 @@ def compute(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     engine = triton_engine() if select_engine(flat.impl, input.device) == "triton" else None
     if engine and input.numel() and energy.is_potts():
         description = describe(input, problem, energy)
-        if engine.can_tile(description, input.device):
+        if description.radius and engine.can_tile(description, input.device):
             value, copies = engine.potts_energy(input, problem, description, mode, gradient, gradient_scale)
             return value, gradient, copies
 

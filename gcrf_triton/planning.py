@@ -62,7 +62,7 @@ class Description(NamedTuple):
 
 def describe(values: Tensor, problem: Problem, energy: Energy | None = None) -> Description:
     """Describe the product of a problem with values [N, C, H, W], or their energy, which has no matrix."""
-    kind: Kind = "values" if energy is None else "probabilities" if energy.counts_mass() else "logits"
+    kind: Kind = "values" if energy is None else "logits" if energy.from_logits else "probabilities"
     return Description(
         shape=tuple(values.shape),
         dtype=values.dtype,

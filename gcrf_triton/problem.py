@@ -87,10 +87,13 @@ class Problem(NamedTuple):
         """The problem of the affinities alone."""
         return self._replace(source=None, destination=None)
 
-    def both_gates(self, ones: Tensor) -> tuple[Tensor, Tensor]:
-        """s and d, of which one that is not given is ones."""
-        source, destination = self.source, self.destination
-        return ones if source is None else source, ones if destination is None else destination
+    def both_gates(self, dtype: torch.dtype, like: Tensor) -> tuple[Tensor, Tensor]:
+        """s and d; one that is not given is a 1 of this dtype, expanded for values `like` these."""
+        source, destination = (
+            like.new_ones(1, dtype=dtype).expand_as(like[:, 0]) if gate is None else gate
+            for gate in (self.source, self.destination)
+        )
+        return source, destination
 
     def inverse_divisor(self, dtype: torch.dtype) -> Tensor | None:
         """1 / D of a mean with gates: D is the sum of d, of s if only that is given, and at least 1; else None."""
@@ -194,8 +197,7 @@ def copy_constants(problem: Problem, dtype: torch.dtype, like: Tensor) -> tuple[
     for feature in problem.features:
         parts.append(feature.to(dtype) / 255 if feature.dtype == torch.uint8 else feature.to(dtype))
     if problem.has_gates():
-        ones = like.new_ones(1, dtype=dtype).expand_as(like[:, 0])
-        parts += [gate.to(dtype)[:, None] for gate in problem.both_gates(ones)]
+        parts += [gate.to(dtype)[:, None] for gate in problem.both_gates(dtype, like)]
     copies = torch.cat(parts, dim=1)
     given = problem.source is not None, problem.destination is not None
     return copies, problem_of_copies(copies, problem.channel_counts(), given, problem)
@@ -223,7 +225,7 @@ def hide_not_finite(problem: Problem, input: Tensor, from_logits: bool) -> tuple
     finite = values.amax(1).isfinite() if from_logits else values.isfinite().all(1)  # a logit of -inf is a 0
     for feature in problem.features:
         finite = finite & feature.isfinite().all(1)
-    s, d = problem.both_gates(torch.ones_like(input[:, 0], dtype=dtype))
+    s, d = problem.both_gates(dtype, input)
     hidden = ~finite & ((s == 0) | (d == 0))  # [N, H, W]
     s, d = (gate.masked_fill(hidden, 0) for gate in (s, d))
     features = [feature.masked_fill(hidden[:, None], 0) for feature in problem.features]

@@ -47,15 +47,8 @@ def apply_pairwise(
     threads = threads or AdaptiveThreads(like.device, threads=1)  # which sets no limit
     with threads.using(tiling.columns * layout.pixels):
         values = layout.flatten(columns, tiling.length, like)
-        gates = [gate[:, None] for gate in (problem.source, problem.destination) if gate is not None]
-        if gates:
-            gates[-1] = 0.5 * gates[-1]  # that of S_ij
-        flat = Flat(
-            values,
-            torch.zeros_like(values),
-            layout.flatten(problem.features, tiling.length, like),
-            layout.flatten(gates, tiling.length, like) if gates else None,
-        )
+        sums, gates = torch.zeros_like(values), _flat_gates(problem, layout, tiling.length, like)
+        flat = Flat(values, sums, layout.flatten(problem.features, tiling.length, like), gates)
     offsets = list(_offsets(layout, problem.terms, like))
     coefficients = _coefficients(problem.channel_counts(), problem.terms)
     _accumulate(flat, tiling.tiles(), offsets, coefficients, mode is Mode.ENERGY, threads)
@@ -139,6 +132,12 @@ class Flat(NamedTuple):
     sums: Tensor
     features: Tensor
     gates: Tensor | None  # s and d / 2, or d / 2 or s / 2 alone
+
+
+def _flat_gates(problem: Problem, layout: FlatLayout, length: int, like: Tensor) -> Tensor | None:
+    # the last one halved, for the 1/2 of S_ij
+    given = [gate[:, None] for gate in (problem.source, problem.destination) if gate is not None]
+    return layout.flatten([*given[:-1], 0.5 * given[-1]], length, like) if given else None
 
 
 def _offsets(layout: FlatLayout, terms: Sequence[Term], like: Tensor) -> Iterator[tuple[int, Tensor]]:

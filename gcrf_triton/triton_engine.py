@@ -45,7 +45,7 @@ def can_tile(description: Description, device: torch.device) -> bool:
     sets = make_feature_sets(description.channels, description.terms).sizes
     fits = sum(sets) <= LARGEST_SETS and (description.kind == "values" or description.columns <= LARGEST_COLUMNS)
     compiles = description.dtype != torch.float64 and not device_and_arch(device)[1].startswith(without)
-    return fits and compiles and description.radius > 0
+    return fits and compiles
 
 
 def potts_energy(
@@ -130,19 +130,25 @@ def _sum_tiles(
     of_values = layout.arguments | {"values": values, "OFFSET": tl.int64 if wide else tl.int32}
     of_result = result_layout.arguments | {"result": result, "result_scale": result_scale}
     of_result |= {"RESULT": mode is not Mode.ENERGY, "OFFSET": of_values["OFFSET"]}
-    try:
-        with _current(device):
+    with _current(device):
+        try:
             _launch_prepare(values, problem, plan, buffers)
             for chunk in plan.chunks.each():
-                _launch_pack(plan, buffers, chunk, of_values)
-                _launch_sum_tile(plan, buffers, chunk, of_result)
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise
-    except (TritonError, RuntimeError) as error:
-        raise RuntimeError(
-            f"{config} cannot run on {' '.join(device_and_arch(device))}: {type(error).__name__}: {error}\n"
-            "gcrf_triton.tuning.use_config chooses another configuration, and impl='torch' needs none"
-        ) from error
+                of_chunk = _chunk_arguments(plan, buffers, chunk)
+                pixels = of_chunk["chunk_height"] * plan.tiles.pitch
+                kernels.pack[(-(-pixels // plan.config.pack), chunk.images)](
+                    copies=buffers.copies, summary=buffers.summary, **of_chunk, **of_values, **plan.pack_arguments
+                )
+                kernels.sum_tile[(plan.tiles.tiles_x, chunk.tiles_y, chunk.images)](
+                    energies=buffers.energies, **of_chunk, **of_result, **plan.tile_arguments
+                )
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except (TritonError, RuntimeError) as error:
+            raise RuntimeError(
+                f"{config} cannot run on {' '.join(device_and_arch(device))}: {type(error).__name__}: {error}\n"
+                "gcrf_triton.tuning.use_config chooses another configuration, and impl='torch' needs none"
+            ) from error
     return buffers.energies, buffers.copies
 
 
@@ -164,36 +170,16 @@ def _launch_prepare(values: Tensor, problem: Problem, plan: Plan, buffers: Buffe
     )
 
 
-def _launch_pack(plan: Plan, buffers: Buffers, chunk: Chunk, of_values: dict[str, Any]) -> None:
-    rows = plan.chunk_rows(chunk.tiles_y)
-    kernels.pack[(-(-rows * plan.tiles.pitch // plan.config.pack), chunk.images)](
-        copies=buffers.copies,
-        summary=buffers.summary,
-        records=buffers.records,
-        along_y=buffers.along_y,
-        partners=buffers.partners,
-        image_scales=buffers.image_scales,
-        first_image=chunk.first_image,
-        top_row=chunk.top_tile * plan.config.tile_y,
-        chunk_height=rows,
-        **of_values,
-        **plan.pack_arguments,
-    )
-
-
-def _launch_sum_tile(plan: Plan, buffers: Buffers, chunk: Chunk, of_result: dict[str, Any]) -> None:
-    kernels.sum_tile[(plan.tiles.tiles_x, chunk.tiles_y, chunk.images)](
-        records=buffers.records,
-        along_y=buffers.along_y,
-        partners=buffers.partners,
-        image_scales=buffers.image_scales,
-        energies=buffers.energies,
-        first_image=chunk.first_image,
-        top_row=chunk.top_tile * plan.config.tile_y,
-        chunk_height=plan.chunk_rows(chunk.tiles_y),
-        **of_result,
-        **plan.tile_arguments,
-    )
+def _chunk_arguments(plan: Plan, buffers: Buffers, chunk: Chunk) -> dict[str, Any]:
+    return {
+        "records": buffers.records,
+        "along_y": buffers.along_y,
+        "partners": buffers.partners,
+        "image_scales": buffers.image_scales,
+        "first_image": chunk.first_image,
+        "top_row": chunk.top_tile * plan.config.tile_y,
+        "chunk_height": plan.chunk_rows(chunk.tiles_y),
+    }
 
 
 class Layout(NamedTuple):
@@ -226,7 +212,7 @@ def _as_bytes(gate: Tensor) -> Tensor:
 
 
 def problem_key(description: Description, device: torch.device) -> Key:
-    """What the configuration of a problem is plan by."""
+    """What the configuration of a problem is chosen by."""
     batch, _, height, width = description.shape
     return Key(
         *device_and_arch(device),
@@ -267,9 +253,8 @@ def _sum_offsets(values: Tensor, problem: Problem) -> Tensor:
     log2_terms = _log2_terms(problem.terms, radius, values)
     result = torch.empty_like(values)
     pixels, block = 128, min(triton.next_power_of_2(columns), 16)
-    source, destination = (values, values)  # not looked at
-    if problem.has_gates():
-        source, destination = problem.both_gates(torch.ones_like(values[:, 0], dtype=dtype))
+    # without gates, values stand for them, which are not looked at
+    source, destination = problem.both_gates(dtype, values) if problem.has_gates() else (values, values)
     with _current(device):
         for start in range(0, batch, MOST_PROGRAMS):
             few = slice(start, start + MOST_PROGRAMS)

@@ -37,7 +37,6 @@ def find_configuration(
         raise ValueError(f"radius: expected at least 1, got {radius}")
     if not triton_is_installed():
         raise ValueError("tune: expected Triton, whose configurations these are, got none (pip install triton)")
-    radius = min(radius, max(height, width) - 1)
     measured = torch.accelerator.is_available()
     device = torch.accelerator.current_accelerator() if measured else torch.device("meta")
     if measured and select_engine("auto", torch.device(str(device))) != "triton":

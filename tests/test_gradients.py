@@ -1,12 +1,16 @@
 """Promise: every derivative with respect to the input, from one pass, with memory independent of the window."""
 
+import weakref
+
 import pytest
 import torch
 from problems import KERNELS, make_problem
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gcrf_triton.problem import Problem, Term, Window
+from gcrf_triton.energy import energy_of_products
+from gcrf_triton.problem import Energy, Mode, Problem, Term, Window
+from gcrf_triton.threads import AdaptiveThreads
 from gcrf_triton.torch_engine import apply_pairwise
 
 pytestmark = pytest.mark.engines("torch", "triton")
@@ -111,6 +115,27 @@ def test_no_window_is_ever_unfolded():
     columns = 4 * 5 * 500**2
     assert columns < largest(5) <= 1.5 * columns
     assert columns < largest(30) <= 1.5 * columns
+
+
+@pytest.mark.engines("torch")
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_columns_are_gone_when_a_matrix_is_applied_to_their_products(from_logits, monkeypatch):
+    seen, alive, einsum = [], [], torch.einsum
+
+    def multiply(columns, problem, mode):
+        seen.extend(weakref.ref(column) for column in columns)
+        return torch.cat(columns, dim=1)
+
+    def apply_matrix(*arguments):
+        alive.extend(column() is not None for column in seen)
+        return einsum(*arguments)
+
+    monkeypatch.setattr(torch, "einsum", apply_matrix)
+    p, gate = torch.rand(1, 3, 4, 5), torch.rand(1, 4, 5)
+    problem = Problem([], (Term(1.0, 2.0, ()),), Window(1), gate, gate)
+    energy, threads = Energy(1 - torch.eye(3), from_logits), AdaptiveThreads(p.device, 1)
+    energy_of_products(multiply, p, problem, energy, Mode.ENERGY_AND_GRADIENT, torch.empty_like(p), 1.0, threads)
+    assert alive == [False] * 4
 
 
 def test_forward_mode_is_refused():

@@ -78,6 +78,12 @@ def test_classes(classes):
                 assert problem.loss(from_logits=True) == 0
 
 
+@pytest.mark.parametrize("from_logits", [False, True])
+@pytest.mark.parametrize("gate", ["s", "d"])
+def test_more_classes_than_one_pass_takes_with_one_gate(gate, from_logits):
+    assert_close(make_problem((1, 65, 4, 5), radius=2, gates=gate, dtype=torch.float32), from_logits=from_logits)
+
+
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 7, 18, 19])
 def test_channels_of_a_feature(channels):
     problem = make_problem((1, 3, 5, 6), ({"weight": 1.0, "xy": 4.0, "deep": 1.0},), 2, "s", dtype=torch.float32)
@@ -306,6 +312,19 @@ def test_chunks_of_an_image_and_of_a_batch(monkeypatch):
         assert torch.equal(results[-1][1], results[0][1])
         torch.testing.assert_close(results[-1][0], results[0][0])
     assert [len(each) for each in chunks] == [1, 3, 9]
+
+
+def test_only_a_launch_that_fails_is_laid_on_the_configuration(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("stopped")
+
+    problem = make_problem((1, 2, 4, 5), dtype=torch.float32)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match=r"^stopped$"):
+        patch.setattr(triton_engine, "_current", fail)
+        problem.loss()
+    monkeypatch.setattr(triton_engine, "_chunk_arguments", fail)
+    with pytest.raises(RuntimeError, match=r"^Config\(.*\) cannot run on cpu cpu: RuntimeError: stopped"):
+        problem.loss()
 
 
 def test_nothing_around_the_tensors_is_touched():

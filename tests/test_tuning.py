@@ -171,6 +171,12 @@ def test_tune_measures_all_configurations_one_after_another(gates, monkeypatch, 
     assert "best: Config(tile_y=8, tile_x=4" in printed and "kept in" in printed
 
 
+def test_an_image_of_one_pixel_can_be_tuned_for(capsys):
+    pytest.importorskip("gcrf_triton.triton_engine")
+    main(["tune", "--shape", "1", "21", "1", "1"])
+    assert "best: Config(" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
